@@ -1,0 +1,289 @@
+r"""Changes other than new data: forget examples, or carry the past to another model.
+
+Pure functions from terms to terms; ``Prior.forget``, ``.transfer`` and ``.grow`` call them.
+Sources: Khan & Swaroop 2021 (remove data, change the model class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .curvature import Curvature, Dense, Diagonal
+from .data import batches
+from .errors import StaleAnchorError
+from .jacobians import gradient as data_gradient
+from .memory import Memory, reference_outputs
+from .models import Params, evaluating, match, take
+from .recall import Pass, Terms, by_head, fit_curvature, plus
+from .recipe import Recipe
+from .terms import KernelTerm, MemoryTerm, WeightTerm
+
+NewClasses = Literal["zero", "mask"]
+
+
+# -------------------------------------------------------------------- forget
+
+
+def forget(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass | None,
+    *,
+    model: nn.Module,
+    likelihood: Any,
+    task: int | None,
+    ids: Tensor | None,
+) -> tuple[Terms, int]:
+    """(the terms without those examples, how many left); see ``Prior.forget``."""
+    if recipe.kernel or recipe.structure == "path":
+        raise ValueError(
+            f"the {recipe.name} prior cannot forget single examples, since its kernels or its "
+            "path mix them; use a prior with a memory or a curvature, such as "
+            "gradient_reconstruction"
+        )
+    wanted = ids
+    if wanted is None and over is not None:
+        wanted = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+    weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
+    g = None if weight is None else weight.gradient
+    curvature = None if weight is None else weight.curvature
+    kept_terms: list[Any] = []
+    gone: list[Memory] = []
+    for term in terms:
+        if isinstance(term, MemoryTerm):
+            which = _chosen(term.memory, task, wanted)
+            gone.append(term.memory.drop(~which))
+            term = replace(term, memory=term.memory.drop(which))
+        kept_terms.append(term)
+    in_memory = torch.cat([m.origin for m in gone]) if gone else torch.empty(0, dtype=torch.int64)
+    if over is None and not len(in_memory):
+        raise ValueError(
+            "none of these examples is in memory and the data were not given; pass "
+            "prior.forget(model, data) with the examples to forget"
+        )
+    if over is None and ids is not None:
+        missing = ids[~torch.isin(ids, in_memory)]
+        if len(missing):
+            raise ValueError(
+                f"ids {missing[:10].tolist()} are not in memory; pass the data too, so that "
+                "their gradient and curvature can be taken out"
+            )
+    with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
+        for items in gone:
+            for group, head in by_head(items):
+                if g is not None:  # what was replayed never had its gradient in g
+                    pair = (group.inputs, group.labels)
+                    soft = group.soft_weight
+                    g = plus(g, data_gradient(model, pair, likelihood, head=head, weights=soft), -1)
+        if over is not None:
+            rest = in_memory if len(in_memory) else None
+            if g is not None:
+                leaving = data_gradient(model, over.data, likelihood, head=over.head, exclude=rest)
+                g = plus(g, leaving, -1.0)
+            if curvature is not None:
+                exact = "exact" if recipe.estimator == "mc" else recipe.estimator
+                excluded = rest if recipe.exclude_memory else None
+                leaving = fit_curvature(replace(recipe, estimator=exact), over, exclude=excluded)
+                curvature = _minus(curvature, leaving)
+    changed = [
+        replace(t, gradient=g, curvature=curvature) if isinstance(t, WeightTerm) else t
+        for t in kept_terms
+    ]
+    final = tuple(t for t in changed if not isinstance(t, MemoryTerm) or len(t.memory))
+    count = len(in_memory) if wanted is None or over is None else len(wanted)
+    return final, count
+
+
+def _chosen(memory: Memory, task: int | None, ids: Tensor | None) -> Tensor:
+    """(M,) bool: the items of that task with those ids; None stands for any."""
+    which = torch.ones(len(memory), dtype=torch.bool, device=memory.origin.device)
+    if task is not None:
+        which &= memory.task == task
+    if ids is not None:
+        which &= torch.isin(memory.origin, ids.to(memory.origin.device))
+    return which
+
+
+def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
+    """curvature - leaving; raises ValueError where the result is indefinite."""
+    left = curvature + leaving * -1.0
+    before, after = curvature.diagonal(), left.diagonal()
+    bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
+    if isinstance(left, Dense):
+        values = torch.linalg.eigvalsh(left.matrix)
+        if bool(values[0] < -1e-6 * values[-1].abs()):
+            bad = bad or list(after)
+    if bad:
+        raise ValueError(
+            f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
+            "not learned at this anchor, or were forgotten before; refit the prior from the data"
+        )
+    if isinstance(left, Diagonal):  # rounding
+        return Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
+    return left
+
+
+@contextmanager
+def _at_anchor(model: nn.Module, anchor: Params | None) -> Iterator[None]:
+    """The anchor's weights inside, the present ones restored after."""
+    if anchor is None:
+        yield
+        return
+    params = match(model, anchor)
+    present = {n: p.detach().clone() for n, p in params.items()}
+    try:
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(anchor[n])
+        yield
+    finally:
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(present[n])
+
+
+# -------------------------------------------------------------------- transfer
+
+
+def transfer(
+    terms: Terms,
+    model: nn.Module,
+    *,
+    names: Mapping[str, str] | None,
+    new_classes: NewClasses,
+    allow_unmatched: bool,
+) -> Terms:
+    """The terms for another model; see ``Prior.transfer``."""
+    current = dict(model.named_parameters())
+    mapping = {n: n for n in current} if names is None else dict(names)
+    changed: list[Any] = []
+    for term in terms:
+        if isinstance(term, WeightTerm):
+            known = {new: old for new, old in mapping.items() if old in term.anchor}
+            lost = sorted(term.anchor.keys() - set(known.values()))
+            if lost and not allow_unmatched:
+                raise StaleAnchorError(
+                    f"no parameter of the new model stands for {lost[:5]}; map them by "
+                    "parameters={new: old}, or pass allow_unmatched=True to leave them behind"
+                )
+            term = _transfer_weight(term, current, known)
+        elif isinstance(term, (MemoryTerm, KernelTerm)):
+            width = reference_outputs(model, take(term.memory.inputs, slice(0, 1))).shape[1]
+            old = tuple(range(term.memory.reference.shape[1]))
+            memory = _widen(term.memory, width, new_classes)
+            if isinstance(term, KernelTerm):
+                # A block competes among the classes that existed when its kernel was made.
+                blocks = tuple(
+                    replace(b, head=old if b.head is None else b.head) for b in term.blocks
+                )
+                term = replace(term, memory=memory, blocks=blocks)
+            else:
+                term = replace(term, memory=memory)
+        changed.append(term)
+    return tuple(changed)
+
+
+def transfer_curvature(
+    curvature: Curvature | None, model: nn.Module, names: Mapping[str, str] | None
+) -> Curvature | None:
+    """A diagonal curvature by name, new entries 0; other structures cannot follow a change."""
+    if curvature is None:
+        return None
+    current = dict(model.named_parameters())
+    mapping = {n: n for n in current} if names is None else dict(names)
+    if isinstance(curvature, Diagonal):
+        return Diagonal(
+            {
+                new: _fitted(curvature.values[old], torch.zeros_like(current[new]))
+                for new, old in mapping.items()
+                if old in curvature.values
+            }
+        )
+    if isinstance(curvature, Dense):
+        return _transfer_dense(curvature, current, mapping)
+    raise ValueError(f"a {type(curvature).__name__} curvature cannot follow a change of the model")
+
+
+def _transfer_weight(
+    term: WeightTerm, current: Mapping[str, Tensor], known: Mapping[str, str]
+) -> WeightTerm:
+    new = {n: current[n].detach() for n in known}
+    anchor = {n: _fitted(term.anchor[old], new[n]) for n, old in known.items()}
+    gradient = term.gradient
+    if gradient is not None:
+        gradient = {n: _fitted(gradient[old], torch.zeros_like(new[n])) for n, old in known.items()}
+    curvature = term.curvature
+    if isinstance(curvature, Diagonal):
+        values = {
+            n: _fitted(curvature.values[old], torch.zeros_like(new[n])) for n, old in known.items()
+        }
+        curvature = Diagonal(values)
+    elif isinstance(curvature, Dense):
+        curvature = _transfer_dense(curvature, new, known)
+    elif curvature is not None:
+        raise ValueError(
+            f"a {type(curvature).__name__} curvature cannot follow a change of the model"
+        )
+    return WeightTerm(anchor, gradient, curvature)
+
+
+def _transfer_dense(
+    curvature: Dense, current: Mapping[str, Tensor], known: Mapping[str, str]
+) -> Dense:
+    """Rows and columns of the entries that both models have; the others 0."""
+    starts, offset = {}, 0
+    for name, shape in curvature.shapes.items():
+        starts[name] = offset
+        offset += shape.numel()
+    index = []
+    for new, old in known.items():
+        if old not in starts:
+            continue
+        positions = torch.arange(curvature.shapes[old].numel()) + starts[old]
+        missing = torch.full(current[new].shape, -1, dtype=torch.int64)
+        index.append(_fitted(positions.reshape(curvature.shapes[old]), missing).flatten())
+    flat = torch.cat(index)
+    present = flat >= 0
+    block = curvature.matrix[flat.clamp(min=0)][:, flat.clamp(min=0)]
+    keep = present[:, None] & present[None, :]
+    shapes = {n: current[n].shape for n, old in known.items() if old in starts}
+    return Dense(torch.where(keep, block, torch.zeros_like(block)), shapes)
+
+
+def _fitted(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` with the leading block that it shares with ``old`` copied in."""
+    if old.ndim != new.ndim:
+        raise StaleAnchorError(
+            f"a parameter of shape {tuple(old.shape)} cannot become one of {tuple(new.shape)}"
+        )
+    fitted = new.clone()
+    common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+    fitted[common] = old[common]
+    return fitted
+
+
+def _widen(memory: Memory, width: int, new_classes: NewClasses) -> Memory:
+    """Soft labels over more outputs: probability 0 for the new ones, or no opinion on them."""
+    old = memory.reference.shape[1]
+    if width == old:
+        return memory
+    if width < old:
+        raise StaleAnchorError(
+            f"the memory holds beliefs about {old} outputs, the model has {width}; outputs can be "
+            "added, not taken away"
+        )
+    if new_classes not in ("zero", "mask"):
+        raise ValueError(f"new_classes must be 'zero' or 'mask', got {new_classes!r}")
+    lowest = torch.finfo(memory.reference.dtype).min / 2
+    fill = memory.reference.new_full((len(memory), width - old), lowest)
+    reference = torch.cat([memory.reference, fill], dim=1)
+    heads = memory.heads
+    if new_classes == "mask":
+        heads = tuple(tuple(range(old)) if h is None else h for h in heads)
+    return replace(memory, reference=reference, heads=heads)

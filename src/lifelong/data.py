@@ -1,0 +1,213 @@
+"""Data as the library sees them: examples with ids, in a fixed order, a batch at a time.
+
+``Examples`` holds arrays; ``batches`` also reads (inputs, labels) pairs, any map-style ``Dataset``
+of (input, label), a ``DataLoader`` that does not shuffle, and any re-iterable of (inputs, labels)
+batches. The id of an example is its position, unless ``Examples.ids`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+
+from .errors import NotRepeatableError
+from .models import Inputs, rows, take
+
+Head = tuple[int, ...]
+BATCH_SIZE = 512  # of passes that take no training step; the result does not depend on it
+
+
+class Batch(NamedTuple):
+    """inputs (B, ...), labels (B,) or (B, C), ids (B,) int64."""
+
+    inputs: Inputs
+    labels: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Examples(Dataset):
+    """Examples in memory, with the head they belong to.
+
+    inputs: (N, ...) tensor, or a dict of them; labels: (N,) or (N, C); ids: (N,) int64, by
+    default 0..N-1; head: the output units that compete for these examples, None for all;
+    transform: applied to each batch of inputs as it is read, and must be deterministic (a
+    permutation, a rotation, a cast), since the past must look the same when it is read again.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    ids: Tensor = None  # type: ignore[assignment]  # filled below
+    head: Head | None = None
+    transform: Callable[[Inputs], Inputs] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping):
+            object.__setattr__(self, "inputs", torch.as_tensor(self.inputs))
+        object.__setattr__(self, "labels", torch.as_tensor(self.labels))
+        n = rows(self.inputs)
+        ids = torch.arange(n) if self.ids is None else torch.as_tensor(self.ids)
+        object.__setattr__(self, "ids", ids)
+        if self.head is not None:
+            object.__setattr__(self, "head", tuple(int(c) for c in self.head))
+        if len(self.labels) != n or len(ids) != n:
+            raise ValueError(
+                f"expected as many labels and ids as inputs, got {n} inputs, "
+                f"{len(self.labels)} labels and {len(ids)} ids"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One (input, label) pair for an int; ``Examples`` for a slice or an index tensor."""
+        if isinstance(index, int):
+            index = range(len(self))[index]  # negative indices, and IndexError where it ends
+            batch = self.batch(torch.tensor([index]))
+            return take(batch.inputs, 0), batch.labels[0]  # type: ignore[arg-type]
+        return replace(
+            self,
+            inputs=take(self.inputs, index),
+            labels=self.labels[index],
+            ids=self.ids[index],
+        )
+
+    def batch(self, index: Tensor | slice) -> Batch:
+        """The transformed rows ``index``."""
+        inputs = take(self.inputs, index)
+        if self.transform is not None:
+            inputs = self.transform(inputs)
+        return Batch(inputs, self.labels[index], self.ids[index])
+
+
+Data = Examples | Dataset | DataLoader | tuple | Iterable  # whatever ``batches`` reads
+
+
+def as_data(data: Data) -> Any:
+    """``data``, with a plain pair (inputs, labels) made into ``Examples``."""
+    is_pair = isinstance(data, tuple) and len(data) == 2 and not isinstance(data, Examples)
+    return Examples(*data) if is_pair else data  # type: ignore[misc]
+
+
+def head_of(data: Data, head: Sequence[int] | None = None) -> Head | None:
+    """The head that was given, or else the one that the data carry."""
+    chosen = head if head is not None else getattr(data, "head", None)
+    return None if chosen is None else tuple(int(c) for c in chosen)
+
+
+def head_mask(head: Head | None, num_outputs: int, device: Any = None) -> Tensor | None:
+    """(C,) bool, True on the head's units; None stands for all. Raises where a unit is missing."""
+    if head is None:
+        return None
+    if not head:
+        raise ValueError("a head needs at least one class; use head=None for all outputs")
+    if min(head) < 0 or max(head) >= num_outputs:
+        raise ValueError(
+            f"the head names classes {min(head)} to {max(head)}, but the model has "
+            f"{num_outputs} outputs; grow the model's head first"
+        )
+    mask = torch.zeros(num_outputs, dtype=torch.bool, device=device)
+    mask[list(head)] = True
+    return mask
+
+
+def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
+    """The data once, in order, as ``Batch``; the last one may be smaller.
+
+    Raises ValueError where there is not one example, TypeError where the data are not read so.
+    """
+    data = as_data(data)
+    start = 0
+    for inputs, labels, ids in _read(data, batch_size):
+        labels = torch.as_tensor(labels)
+        n = len(labels)
+        if n == 0:
+            continue
+        if rows(inputs) != n:
+            raise ValueError(f"a batch has {rows(inputs)} inputs but {n} labels")
+        yield Batch(inputs, labels, torch.arange(start, start + n) if ids is None else ids)
+        start += n
+    if start == 0:
+        raise ValueError("the data hold no examples; pass a task with at least one")
+
+
+def _read(data: Any, batch_size: int) -> Iterator[tuple[Inputs, Any, Tensor | None]]:
+    if isinstance(data, Examples):
+        for i in range(0, len(data), batch_size):
+            yield data.batch(slice(i, i + batch_size))
+    elif isinstance(data, DataLoader) or (
+        not isinstance(data, Dataset) and isinstance(data, Iterable)
+    ):
+        if isinstance(data, Iterator):
+            raise TypeError(
+                "expected data that can be read more than once, got an iterator; "
+                "pass the dataset or the loader itself"
+            )
+        for item in data:
+            inputs, labels = _pair(item)
+            yield inputs, labels, None
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        n = len(data)
+        for i in range(0, n, batch_size):
+            items = [data[j] for j in range(i, min(n, i + batch_size))]
+            inputs, labels = _pair(default_collate(items))
+            yield inputs, labels, None
+    else:
+        raise TypeError(
+            f"cannot read {type(data).__name__}: expected Examples, a pair (inputs, labels), "
+            "a map-style Dataset, a DataLoader, or an iterable of (inputs, labels) batches"
+        )
+
+
+def _pair(item: Any) -> tuple[Inputs, Any]:
+    if isinstance(item, Mapping) and "labels" in item:  # the Hugging Face convention
+        return {k: v for k, v in item.items() if k != "labels"}, item["labels"]
+    if isinstance(item, Sequence) and len(item) == 2:
+        return item[0], item[1]
+    raise TypeError(
+        "expected batches of (inputs, labels), or dicts with the key 'labels', "
+        f"got {type(item).__name__}"
+    )
+
+
+def num_examples(data: Data) -> int:
+    """How many examples one pass over the data gives."""
+    data = as_data(data)
+    if isinstance(data, DataLoader):
+        data = data.dataset
+    if hasattr(data, "__len__") and (isinstance(data, Dataset)):
+        return len(data)  # type: ignore[arg-type]
+    return sum(len(batch.labels) for batch in batches(data))
+
+
+def require_repeatable(data: Data) -> None:
+    """Read the first batch twice; raise NotRepeatableError where a loader shuffles or augments.
+
+    Quantities of the past (ids, curvature, memory) are taken in several passes that must meet
+    the same examples. A shuffling loader is also told by its sampler, before any reading.
+    """
+    data = as_data(data)
+    if isinstance(data, Examples) and data.transform is None:
+        return
+    shuffles = isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler)
+    if not shuffles:
+        # Few examples are enough, and an augmentation shows in the first of them.
+        first, again = (next(batches(data, batch_size=8)) for _ in range(2))
+        shuffles = not (_equal(first.inputs, again.inputs) and _equal(first.labels, again.labels))
+    if shuffles:
+        raise NotRepeatableError(
+            "two passes over the data differ: the loader shuffles, or its transform augments at "
+            "random. Expected the same examples in the same order; pass the dataset itself, or "
+            "DataLoader(dataset, shuffle=False) without random transforms"
+        )
+
+
+def _equal(a: Inputs, b: Inputs) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return a.shape == b.shape and bool(torch.equal(a, b))  # type: ignore[union-attr]

@@ -1,0 +1,108 @@
+r"""Scores: which examples matter? Each is a number per example, larger for more.
+
+lambda    tr H(f): how undecided the model is about its label (Pan et al. 2020)
+leverage  sum_c H_cc (J Sigma Jᵀ)_cc: how much the weights lean on it (needs a variance Sigma)
+residual  ||dl/df||: how wrong the model is about it
+random    a uniform key: the baseline that every clever score must beat
+
+Sensitivity, error times variance, joins them with the memory perturbation equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of
+from .jacobians import leverage
+from .likelihoods import Likelihood
+from .models import Params, evaluating, forward, require_finite
+
+ScoreName = Literal["lambda", "leverage", "residual", "random"]
+Score = ScoreName | Callable[[Tensor, Tensor], Tensor]
+
+
+def score_batch(
+    score: Score,
+    model: nn.Module,
+    batch: Batch,
+    f: Tensor,  # (B, C) masked outputs
+    likelihood: Likelihood,
+    *,
+    mask: Tensor | None = None,  # (C,) bool
+    variance: Params | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # (B,)
+    """The scores of one batch whose outputs are at hand; ``identify`` says what they mean."""
+    if callable(score):
+        return score(f, batch.labels)
+    if score == "lambda":
+        return likelihood.hessian_trace(f)
+    if score == "residual":
+        return likelihood.residual(f, batch.labels).norm(dim=-1)
+    if score == "random":
+        return torch.rand(len(f), generator=generator, dtype=torch.float64)
+    if score == "leverage":
+        if variance is None:
+            raise ValueError(
+                "the leverage score needs the posterior variance of the weights; "
+                "pass variance=Posterior(...).variance() or use score='lambda'"
+            )
+        spread = leverage(model, batch.inputs, likelihood, variance, mask=mask)
+        return (likelihood.hessian(f).diagonal(dim1=-2, dim2=-1) * spread).sum(-1)
+    raise ValueError(
+        f"unknown score {score!r}: expected lambda, leverage, residual, random or a function "
+        "(f, y) -> (B,)"
+    )
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Batch, likelihood: Likelihood, mask: Tensor | None) -> Tensor:
+    """Masked outputs (B, C) of one batch, after checking them and the labels."""
+    f = forward(model, batch.inputs)
+    f = f.float() if f.dtype in (torch.bfloat16, torch.float16) else f
+    require_finite(f, "the model's output")
+    likelihood.validate(f, batch.labels, mask)
+    return likelihood.mask(f, mask)
+
+
+def identify(
+    model: nn.Module,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    score: Score = "lambda",
+    head: Head | None = None,
+    variance: Params | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:  # (N,)
+    """One score per example, in the order of the data; the model is read in eval mode.
+
+    Raises ValueError for labels outside of the head and for scores that do not exist,
+    NonFiniteError for outputs that are NaN or infinite.
+    """
+    head, parts = head_of(data, head), []
+    with evaluating(model):
+        for batch in batches(data, batch_size):
+            # The number of outputs is known only after a forward.
+            f = outputs(model, batch, likelihood, None)
+            mask = head_mask(head, f.shape[1], f.device)
+            if mask is not None:
+                likelihood.validate(f, batch.labels, mask)
+            parts.append(
+                score_batch(
+                    score,
+                    model,
+                    batch,
+                    likelihood.mask(f, mask),
+                    likelihood,
+                    mask=mask,
+                    variance=variance,
+                    generator=generator,
+                ).cpu()
+            )
+    return torch.cat(parts)

@@ -1,0 +1,338 @@
+"""``Learner``: the loop over fit, identify, memorise, recall, written once. The one mutable object.
+
+    learner = Learner(model, lifelong.fromp(Categorical(), memory=40), epochs=15)
+    matrix = learner.run(stream).accuracy
+
+It does nothing that a plain loop could not do: ``docs`` and the README show that loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data import Examples
+from .errors import NonFiniteError
+from .identify import identify
+from .memory import Memory, remember
+from .metrics import AccuracyMatrix, evaluate
+from .models import forward, move, parameters, rows, snapshot
+from .path import PathIntegral
+from .prior import Prior
+from .streams import Task
+from .terms import MemoryTerm
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer, int], Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: after ``epoch`` of ``epochs`` in task ``task``; loss in nats per example."""
+
+    task: int
+    epoch: int
+    epochs: int
+    loss: float
+    seconds: float
+
+
+def adam(lr: float = 1e-3) -> MakeOptimizer:
+    """Adam with the usual momenta: a fresh one for each task."""
+    return lambda params: torch.optim.Adam(params, lr=lr)
+
+
+class Learner:
+    """Learns tasks one after another under a prior.
+
+    model, prior: what is trained, and what the past says. optimizer: makes a fresh one for each
+    task. scheduler: (optimizer, number of steps) -> a scheduler stepped after each batch.
+    epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
+    all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
+    seed: of the order of the data and of every draw from memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prior: Prior,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        epochs: int = 1,
+        batch_size: int = 64,
+        memory_batch_size: int | None = None,
+        clip: float | None = None,
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        if epochs < 1 or batch_size < 1:
+            raise ValueError(
+                f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}"
+            )
+        self.model, self.prior = model, prior
+        self.optimizer, self.scheduler = optimizer or adam(), scheduler
+        self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
+        self.clip, self.autocast = clip, autocast
+        self.generator = torch.Generator().manual_seed(seed)
+        self.accuracy: list[list[float]] = []
+        self.seconds = 0.0
+        self._initial = copy.deepcopy(model.state_dict())
+        self._finished: list[Mapping[str, Any]] = []  # of "separate": one model per task
+        self._within: dict[str, Any] | None = None  # of an unfinished task
+
+    # ---------------------------------------------------------------- verbs
+
+    def fit(self, task: Task, *, on_epoch: Callable[[Progress], None] | None = None) -> None:
+        """theta* = argmin of nll + prior on one task; goes on within it after a resume.
+
+        Raises NonFiniteError where the loss is NaN or infinite: the model is put back to where
+        it was when the call began.
+        """
+        reference = self.prior.recipe.reference
+        within, self._within = self._within, None
+        if within is None and reference is not None:
+            self.model.load_state_dict(self._initial)
+        before = copy.deepcopy(self.model.state_dict())
+        params = list(parameters(self.model).values())
+        optimizer = self.optimizer(params)
+        data = task.train
+        pool = self._pool(data) if reference == "joint" else None
+        count = len(data) if pool is None else len(pool.memory)
+        steps = self.epochs * -(-count // self.batch_size)
+        scheduler = None if self.scheduler is None else self.scheduler(optimizer, steps)
+        prior = self.prior
+        if within is None:
+            prior = self.prior = prior.prepare(self.model, data)
+        path = None
+        if prior.recipe.structure == "path":
+            path = PathIntegral(self.model, optimizer, prior, count)
+        first = 0
+        if within is not None:
+            optimizer.load_state_dict(within["optimizer"])
+            if scheduler is not None:
+                scheduler.load_state_dict(within["scheduler"])
+            if path is not None:
+                path.load_state_dict(within["path"])
+            first = within["epoch"]
+        self._path = path
+        start = time.perf_counter() - (0.0 if within is None else within["seconds"])
+        try:
+            with path if path is not None else nullcontext():
+                for epoch in range(first, self.epochs):
+                    loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
+                    seconds = time.perf_counter() - start
+                    self._within = {
+                        "optimizer": optimizer.state_dict(),
+                        "scheduler": None if scheduler is None else scheduler.state_dict(),
+                        "path": None if path is None else path.state_dict(),
+                        "epoch": epoch + 1,
+                        "seconds": seconds,
+                    }
+                    if on_epoch is not None:
+                        index = len(self.accuracy)
+                        on_epoch(Progress(index, epoch + 1, self.epochs, loss, seconds))
+        except NonFiniteError:
+            self.model.load_state_dict(before)
+            self._within = None
+            raise
+        self._within = None
+        self.seconds += time.perf_counter() - start
+
+    def identify(self, task: Task) -> Tensor:
+        """(N,) scores by the prior's recipe."""
+        score: Any = self.prior.recipe.score
+        return identify(
+            self.model, task.train, self.prior.likelihood, score=score, generator=self.generator
+        )
+
+    def memorise(self, task: Task) -> Memory | None:
+        """The examples of the task that the prior would keep."""
+        return self.prior.memorise(self.model, task.train, generator=self.generator)
+
+    def recall(self, task: Task, items: Memory | None = None) -> Prior:
+        """Make the learned posterior the next prior, keeping ``items``."""
+        self.prior = self.prior.recall(
+            self.model, task.train, items, path=self._path, generator=self.generator
+        )
+        return self.prior
+
+    def forget(self, data: Examples | None = None, **which: Any) -> Prior:
+        """``Prior.forget`` at the present model; fit again afterwards."""
+        self.prior = self.prior.forget(self.model, data, **which)
+        return self.prior
+
+    def learn(self, task: Task, *, on_epoch: Callable[[Progress], None] | None = None) -> None:
+        """fit, then memorise and recall."""
+        self.fit(task, on_epoch=on_epoch)
+        start = time.perf_counter()
+        if self.prior.recipe.reference == "separate":
+            self._finished.append(copy.deepcopy(self.model.state_dict()))
+        self.recall(task, self.memorise(task))
+        self.seconds += time.perf_counter() - start
+
+    def run(
+        self,
+        stream: Iterable[Task],
+        *,
+        folder: str | Path | None = None,
+        on_epoch: Callable[[Progress], None] | None = None,
+        on_task: Callable[[int], None] | None = None,
+    ) -> AccuracyMatrix:
+        """Learn every task and test on those seen so far; with ``folder``, save after each epoch.
+
+        A learner that was loaded goes on where it was, and ends with the same numbers.
+        Raises ValueError where a task has no test examples.
+        """
+        seen: list[Task] = []
+        for index, task in enumerate(stream):
+            if task.test is None:
+                raise ValueError(f"task {task.name!r} has no test examples; call learn() instead")
+            seen.append(task)
+            if index < len(self.accuracy):
+                continue
+
+            def saved(progress: Progress) -> None:
+                if folder is not None:
+                    self.save(Path(folder) / CHECKPOINT)
+                if on_epoch is not None:
+                    on_epoch(progress)
+
+            self.learn(task, on_epoch=saved)
+            self.accuracy.append([self._accuracy(i, old) for i, old in enumerate(seen)])
+            if folder is not None:
+                self.save(Path(folder) / CHECKPOINT)
+            if on_task is not None:
+                on_task(index)
+        return self.matrix
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """R[t, i]: accuracy on task i after task t, 0 to 1; NaN where not tested."""
+        size = len(self.accuracy)
+        return AccuracyMatrix.from_list(
+            [[*row, *([float("nan")] * (size - len(row)))] for row in self.accuracy]
+        )
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> Path:
+        """Everything that is needed to go on with the same numbers; atomic."""
+        state = {
+            "model": self.model.state_dict(),
+            "initial": self._initial,
+            "finished": self._finished,
+            "prior": self.prior.state_dict(),
+            "accuracy": self.accuracy,
+            "seconds": self.seconds,
+            "within": self._within,
+            "generator": self.generator.get_state(),
+            "global_random": torch.get_rng_state(),
+        }
+        return checkpoint.save(path, state, kind="learner")
+
+    def load(self, path: str | Path) -> Learner:
+        """Go on from ``save``. Raises CheckpointError; then nothing was changed."""
+        state = checkpoint.load(path, kind="learner")
+        prior = Prior.from_state_dict(state["prior"])
+        self.model.load_state_dict(state["model"])
+        self.prior, self._initial = prior, state["initial"]
+        self._finished, self.accuracy = state["finished"], state["accuracy"]
+        self.seconds, self._within = state["seconds"], state["within"]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_random"])
+        return self
+
+    # ---------------------------------------------------------------- inside
+
+    _path: PathIntegral | None = None
+
+    def _epoch(
+        self,
+        data: Examples,
+        pool: MemoryTerm | None,
+        prior: Prior,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        params: list[nn.Parameter],
+    ) -> float:
+        """One pass over the data; the mean loss, nats per example."""
+        self.model.train()
+        count = len(data) if pool is None else len(pool.memory)
+        device = params[0].device
+        total = 0.0
+        order = torch.randperm(count, generator=self.generator)
+        for index in order.split(self.batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            with self._precision(device):
+                if pool is None:
+                    inputs, labels, _ = data.batch(index)
+                    loss = prior.loss(
+                        self.model,
+                        move(inputs, device),
+                        move(labels, device),
+                        num_data=count,
+                        head=data.head,
+                        batch_size=self.memory_batch_size,
+                        generator=self.generator,
+                    )
+                else:
+                    drawn = pool.memory[index]
+                    f = forward(self.model, move(drawn.inputs, device))
+                    nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
+                    loss = nats / len(index) + prior._weight_space(self.model) / count
+            if not torch.isfinite(loss):
+                raise NonFiniteError(
+                    f"the loss became {loss.item()} after {total / max(1, count):.4g} nats per "
+                    "example; lower the learning rate or clip the gradient. The model was put "
+                    "back to where this task began"
+                )
+            loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(params, self.clip)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            total += loss.item() * len(index)
+        return total / count
+
+    def _precision(self, device: torch.device) -> Any:
+        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _pool(self, data: Examples) -> MemoryTerm:
+        """All examples so far, each under its own head: what joint training trains on."""
+        batch = data.batch(slice(None))
+        with torch.no_grad():
+            width = forward(self.model, move(data.batch(slice(0, 1)).inputs, self._device)).shape[1]
+        blank = torch.zeros(rows(batch.inputs), width)
+        items = remember(batch, blank, head=data.head).weighted(0.0, 1.0)
+        old = self.prior.memory
+        return MemoryTerm(items if old is None else old.add(items))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _accuracy(self, index: int, task: Task) -> float:
+        test = task.test
+        if test is None:
+            raise ValueError(f"task {task.name!r} has no test examples")
+        if not self._finished:
+            return evaluate(self.model, test, self.prior.likelihood).accuracy
+        present = snapshot(self.model.state_dict())
+        self.model.load_state_dict(self._finished[index])
+        accuracy = evaluate(self.model, test, self.prior.likelihood).accuracy
+        self.model.load_state_dict(present)
+        return accuracy
+
+
+CHECKPOINT = "learner.safetensors"

@@ -1,0 +1,307 @@
+r"""Memory: the few past examples that are kept, and what the model believed about them.
+
+An item's two weights say how many past examples it stands for, and how it carries them: with
+``soft_weight`` by the divergence to its soft label (*function*), with ``hard_weight`` by the nll
+of its true label (*replay*). Experience replay is (0, N/M), a K-prior (1, 0), EWC+FR+Replay
+(1, 0) for half of the items and (0, 1) for the others, DER++ (alpha, beta), and a blended label
+(1 - b, b), all in the one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import select
+from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
+from .identify import Score, outputs, score_batch
+from .likelihoods import Likelihood
+from .models import Inputs, Params, concat, evaluating, forward, move, nbytes, rows, take
+
+
+@dataclass(frozen=True)
+class Memory:
+    """M remembered examples. Frozen: every change makes a new one.
+
+    inputs (M, ...) or a dict of such; labels (M,) or (M, C); reference (M, C): the model's
+    outputs f* when it was last asked, before any mask; soft_weight, hard_weight (M,): past
+    examples that each stands for, by soft and by true label; task, origin (M,) int64: from
+    which task, under which id there; head (M,) int64: index into ``heads``, the class sets
+    (None: all outputs compete).
+    """
+
+    inputs: Inputs
+    labels: Tensor
+    reference: Tensor
+    soft_weight: Tensor
+    hard_weight: Tensor
+    task: Tensor
+    origin: Tensor
+    head: Tensor
+    heads: tuple[Head | None, ...] = (None,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Memory:
+        """The items ``index``, in that order."""
+        rows_of = {name: take(getattr(self, name), index) for name in _ROWS}
+        return replace(self, **rows_of)  # type: ignore[arg-type]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held: inputs, labels, beliefs and bookkeeping."""
+        return sum(nbytes(getattr(self, name)) for name in _ROWS)
+
+    def add(self, *others: Memory) -> Memory:
+        """All the items, this memory's first; heads are merged."""
+        if not others:
+            return self
+        heads = tuple(dict.fromkeys(h for m in (self, *others) for h in m.heads))
+        parts = []
+        for m in (self, *others):
+            index = torch.tensor([heads.index(h) for h in m.heads], device=m.head.device)
+            parts.append(replace(m, head=index[m.head]))
+        merged: dict[str, Any] = {
+            name: concat([getattr(part, name) for part in parts]) for name in _ROWS
+        }
+        return Memory(**merged, heads=heads)
+
+    def drop(self, which: Tensor) -> Memory:
+        """Without the items marked True in ``which`` (M,) bool."""
+        return self[(~which).nonzero().squeeze(1)]
+
+    def refresh(self, model: nn.Module, batch_size: int = BATCH_SIZE) -> Memory:
+        """The same items with the beliefs of the present model, read in eval mode."""
+        return replace(self, reference=reference_outputs(model, self.inputs, batch_size))
+
+    @cached_property
+    def head_masks(self) -> Tensor | None:
+        """(len(heads), C) bool, or None where no item has a head: what ``mask`` gathers from."""
+        if all(h is None for h in self.heads):
+            return None
+        num_outputs = self.reference.shape[1]
+        full = torch.ones(num_outputs, dtype=torch.bool)
+        masks = [head_mask(h, num_outputs) for h in self.heads]
+        return torch.stack([full if m is None else m for m in masks]).to(self.head.device)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(M, C) bool: which outputs compete for each item; None where all do."""
+        return None if self.head_masks is None else self.head_masks[self.head]
+
+    def draw(self, n: int | None, generator: torch.Generator | None = None) -> Memory:
+        """n items whose weights make every weighted sum over them unbiased; None draws all.
+
+        Stratified: the items in order are cut into n equal stretches and one is drawn from each,
+        so a draw is spread evenly over tasks and classes. Cost n, whatever the size of memory.
+        """
+        m = len(self)
+        if n is None or n >= m:
+            return self
+        if n < 1:
+            raise ValueError(f"a memory batch needs at least one item, got batch_size={n}")
+        device = self.labels.device
+        u = torch.rand(n, generator=generator, dtype=torch.float64).to(device)
+        index = ((torch.arange(n, device=device) + u) * (m / n)).long().clamp_(max=m - 1)
+        return self[index].scaled(m / n)
+
+    def scaled(self, factor: float) -> Memory:
+        """The same items, believed ``factor`` times as much."""
+        return self.weighted(self.soft_weight * factor, self.hard_weight * factor)
+
+    def weighted(self, soft: Tensor | float, hard: Tensor | float) -> Memory:
+        """The same items with other weights, (M,) each or one number for all."""
+        like = self.soft_weight
+        soft, hard = (
+            torch.as_tensor(w, dtype=like.dtype, device=like.device).expand_as(like)
+            for w in (soft, hard)
+        )
+        return replace(self, soft_weight=soft, hard_weight=hard)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Memory:
+        """On another device; ``dtype`` changes inputs, beliefs and weights, not labels."""
+        return replace(self, **{name: move(getattr(self, name), device, dtype) for name in _ROWS})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in _ROWS}
+        if isinstance(self.inputs, Mapping):
+            state["inputs"] = dict(self.inputs)
+        return {**state, "heads": [None if h is None else list(h) for h in self.heads]}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Memory:
+        heads = tuple(None if h is None else tuple(h) for h in state["heads"])
+        return cls(**{name: state[name] for name in _ROWS}, heads=heads)
+
+
+_ROWS = tuple(field.name for field in fields(Memory) if field.name != "heads")
+
+
+def reference_outputs(model: nn.Module, inputs: Inputs, batch_size: int = BATCH_SIZE) -> Tensor:
+    """f (N, C) in eval mode and without gradients, a batch at a time."""
+    with evaluating(model), torch.no_grad():
+        parts = [
+            forward(model, take(inputs, slice(i, i + batch_size)))
+            for i in range(0, rows(inputs), batch_size)
+        ]
+    f = torch.cat(parts)
+    return f.float() if f.dtype in (torch.bfloat16, torch.float16) else f
+
+
+def remember(batch: Batch, f: Tensor, *, head: Head | None = None, task: int = 0) -> Memory:
+    """Every example of a batch as an item that stands for itself by its soft label."""
+    n = len(batch.labels)
+    device = batch.labels.device
+    floating = f.detach()
+    return Memory(
+        inputs=batch.inputs,
+        labels=batch.labels,
+        reference=floating,
+        soft_weight=torch.ones(n, dtype=floating.dtype, device=device),
+        hard_weight=torch.zeros(n, dtype=floating.dtype, device=device),
+        task=torch.full((n,), task, dtype=torch.int64, device=device),
+        origin=batch.ids.to(device),
+        head=torch.zeros(n, dtype=torch.int64, device=device),
+        heads=(head,),
+    )
+
+
+def memorise(
+    model: nn.Module,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    size: int | None = None,
+    ids: Tensor | None = None,
+    score: Score | str = "lambda",
+    per_class: bool = True,
+    descending: bool = True,
+    head: Head | None = None,
+    task: int = 0,
+    variance: Params | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Memory:
+    """Score every example, keep ``size`` of them, in one pass whose memory does not grow.
+
+    size: how many; None keeps all. ids: keep just these instead of scoring. score: see
+    ``identify``, or "k_centre" (farthest outputs first; holds all outputs, two passes).
+    per_class: spread evenly over the classes of integer labels. descending: False keeps the
+    lowest scores. The items come back sorted by label and then score, so that ``draw`` spreads
+    over the classes.
+
+    Raises ValueError where ``size`` exceeds the number of examples, for ids that are not in the
+    data, and as ``identify`` does.
+    """
+    head = head_of(data, head)
+    if ids is None and score == "k_centre":
+        ids = _k_centre_ids(model, data, size, batch_size)
+    if ids is None and size is not None:
+        available = num_examples(data)
+        if size > available:
+            raise ValueError(
+                f"a memory of {size} examples was asked for, but the task has {available}; "
+                f"pass memory={available} or less"
+            )
+    passing = _Pass(model, data, likelihood, head, task, batch_size)
+    if ids is not None or size is None:
+        return _gather(passing, None if ids is None else torch.as_tensor(ids))
+
+    def classes(labels: Tensor) -> Tensor | None:
+        balanced = per_class and labels.ndim == 1 and not labels.is_floating_point()
+        return labels if balanced else None
+
+    def best(keys: Tensor, labels: Tensor) -> Tensor:
+        return select.candidates(keys, classes(labels), size, descending=descending)
+
+    pool: Memory | None = None
+    keys = torch.empty(0)
+    for batch, f, mask in passing:
+        masked = likelihood.mask(f, mask)
+        new_keys = score_batch(
+            score,  # type: ignore[arg-type]
+            model,
+            batch,
+            masked,
+            likelihood,
+            mask=mask,
+            variance=variance,
+            generator=generator,
+        ).detach()
+        # Only newcomers that could be chosen are copied out of the batch.
+        rows_ = best(new_keys, batch.labels)
+        found = passing.items(batch, f, rows_)
+        if pool is None:
+            pool, keys = found, new_keys[rows_]
+            continue
+        labels = torch.cat([pool.labels, found.labels])
+        keys = torch.cat([keys, new_keys[rows_]])
+        kept = best(keys, labels)
+        if bool((kept >= len(pool)).any()):  # a newcomer is among the best
+            pool, keys = pool.add(found)[kept], keys[kept]
+        else:
+            keys = keys[: len(pool)]
+    if pool is None:  # batches() raises before; this tells the type checker so
+        raise ValueError("the data hold no examples")
+    labels = classes(pool.labels)
+    if labels is None:
+        return pool[select.top_k(keys, size, descending=descending)]
+    chosen = select.per_class(keys, labels, size, descending=descending)
+    return pool[chosen[torch.sort(labels[chosen], stable=True).indices]]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over data: (batch, outputs before the mask, mask) in eval mode, checked."""
+
+    model: nn.Module
+    data: Data
+    likelihood: Likelihood
+    head: Head | None
+    task: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
+        with evaluating(self.model):
+            for batch in batches(self.data, self.batch_size):
+                # The number of outputs is known only after a forward.
+                f = outputs(self.model, batch, self.likelihood, None)
+                mask = head_mask(self.head, f.shape[1], f.device)
+                if mask is not None:
+                    self.likelihood.validate(f, batch.labels, mask)
+                yield batch, f, mask
+
+    def items(self, batch: Batch, f: Tensor, index: Tensor | slice = slice(None)) -> Memory:
+        rows_ = Batch(take(batch.inputs, index), batch.labels[index], batch.ids[index])
+        return remember(rows_, f[index], head=self.head, task=self.task)
+
+
+def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
+    """Every example, or those with the given ids."""
+    parts = []
+    for batch, f, _ in passing:
+        index = slice(None) if ids is None else torch.isin(batch.ids, ids).nonzero().squeeze(1)
+        parts.append(passing.items(batch, f, index))
+    found = parts[0].add(*parts[1:])
+    if ids is not None:
+        missing = ids[~torch.isin(ids, found.origin)]
+        if len(missing):
+            raise ValueError(f"ids {missing[:10].tolist()} are not in the data")
+    return found
+
+
+def _k_centre_ids(model: nn.Module, data: Data, size: int | None, batch_size: int) -> Tensor:
+    features, ids = [], []
+    with evaluating(model), torch.no_grad():
+        for batch in batches(data, batch_size):
+            features.append(forward(model, batch.inputs))
+            ids.append(batch.ids)
+    found = torch.cat(ids)
+    return found[select.k_centre(torch.cat(features), len(found) if size is None else size)]

@@ -1,0 +1,368 @@
+r"""Presets: the published methods, each as a recipe. A preset returns a ``Prior`` that has seen
+nothing yet; ``prior.update(model, data)`` after each task does the rest.
+
+All strengths are in nats of the past data, so 1 is Bayes' rule wherever a method has a Bayesian
+reading. The published codes mean five different things by lambda; ``docs/units.md`` converts.
+Where a preset departs from its released code, its docstring says so and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Literal
+
+from .divergences import KL, Logit
+from .likelihoods import Likelihood
+from .prior import Prior
+from .recipe import Estimator, Gradient, Recipe
+from .terms import Regulariser
+
+
+def _prior(likelihood: Likelihood, recipe: Recipe, precision: float = 0.0) -> Prior:
+    return Prior(likelihood, recipe, (Regulariser(precision),) if precision else ())
+
+
+def finetune(likelihood: Likelihood) -> Prior:
+    """No memory of the past at all: what every method must beat."""
+    return _prior(likelihood, Recipe("finetune", gradient="none"))
+
+
+def weight_decay(likelihood: Likelihood, *, precision: float = 1.0) -> Prior:
+    """½ precision ‖theta‖² at all times; the past leaves no trace. precision in nats."""
+    return _prior(likelihood, Recipe("weight_decay", gradient="none"), precision)
+
+
+def ewc(
+    likelihood: Likelihood,
+    *,
+    strength: float = 1.0,
+    online: bool = False,
+    discount: float = 1.0,
+    estimator: Estimator = "exact",
+    precision: float = 0.0,
+) -> Prior:
+    r"""Elastic weight consolidation: strength · ½ sum_s <theta - theta_s, F_s (theta - theta_s)>.
+
+    online=False keeps one anchor per task, as Kirkpatrick et al. 2017; their sum is one quadratic
+    with a gradient at the newest weights, so it costs no more than one. online=True keeps the
+    newest anchor alone, F <- discount F + F_new (Schwarz et al. 2018; Huszár 2018), which is what
+    Laplace's method gives.
+
+    Departs from most released codes: F is the sum over examples of per-example quantities, exact
+    over all labels by default, not the square of a mini-batch's mean gradient, so ``strength`` does
+    not change with the batch size; outputs outside of a task's head have exactly none.
+    """
+    gradient: Gradient = "anchored" if online else "carried"
+    recipe = Recipe(
+        "ewc",
+        structure="diagonal",
+        estimator=estimator,
+        strength=strength,
+        discount=discount if online else 1.0,
+        gradient=gradient,
+    )
+    if not online and discount != 1:
+        raise ValueError("discount belongs to online EWC; pass online=True or leave it at 1")
+    return _prior(likelihood, recipe, precision)
+
+
+def online_laplace(
+    likelihood: Likelihood,
+    *,
+    structure: Literal["diagonal", "dense"] = "diagonal",
+    strength: float = 1.0,
+    discount: float = 1.0,
+    estimator: Estimator = "exact",
+    precision: float = 1.0,
+) -> Prior:
+    r"""The Laplace posterior N(theta*, (precision I + GGN)⁻¹) as the next prior (Ritter 2018).
+
+    With structure="diagonal" and precision=0 it is ``ewc(online=True)``. Exact for a Gaussian
+    likelihood and a linear model with structure="dense".
+    """
+    recipe = Recipe(
+        "online_laplace",
+        structure=structure,
+        estimator=estimator,
+        strength=strength,
+        discount=discount,
+        gradient="anchored",
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def si(
+    likelihood: Likelihood,
+    *,
+    strength: float = 1.0,
+    damping: float = 0.1,
+    precision: float = 0.0,
+) -> Prior:
+    r"""Synaptic intelligence (Zenke 2017): strength · sum_j Omega_j d_j², Omega from the path.
+
+    ``strength`` is the paper's c, ``damping`` its xi. Needs a ``PathIntegral`` round the training
+    (the learner makes one). Departs from the released code: Omega is clipped at 0, since the term
+    would not be bounded below otherwise.
+    """
+    recipe = Recipe(
+        "si", structure="path", strength=strength, path_damping=damping, gradient="anchored"
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def kprior(
+    likelihood: Likelihood,
+    *,
+    precision: float = 1e-2,
+    memory: int | None = 200,
+    population: bool = False,
+    strength: float = 1.0,
+    score: str = "lambda",
+) -> Prior:
+    r"""Knowledge-adaptation prior (Khan & Swaroop 2021):
+
+        strength sum_memory KL(p* ‖ p) + ½ precision ‖theta - theta*‖².
+
+    memory: examples per task, those with the largest lambda; None keeps all, which makes the
+    prior exact for GLMs; 0 leaves weight decay round theta*. population: an item stands for N/M
+    examples instead of for itself. Departs from the released code: any likelihood, soft labels
+    detached, strength in nats.
+    """
+    recipe = Recipe(
+        "kprior",
+        gradient="stationary",
+        memory=memory,
+        score=score,
+        population=population,
+        soft=strength,
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def fromp(
+    likelihood: Likelihood,
+    *,
+    memory: int = 200,
+    strength: float = 1.0,
+    prior_precision: float = 1e-3,
+    jitter: float = 1e-6,
+    kernel: Literal["gp", "identity"] = "gp",
+    score: str = "lambda",
+    descending: bool = True,
+) -> Prior:
+    r"""Functional regularisation of memorable past (Pan et al. 2020):
+
+        strength · ½ sum_tasks sum_c (m_c - m*_c)ᵀ K_c⁻¹ (m_c - m*_c).
+
+    memory: examples per task, spread over its classes, those with the largest lambda
+    (score="random": FRORP; descending=False: the least memorable). kernel="identity": FROMP-L2.
+    prior_precision: delta of the covariance (F + delta)⁻¹ that builds K.
+
+    ``strength`` is in nats: the released code's tau divides the mean loss, so strength = tau N.
+    Departs from that code: the gradient is one vector-Jacobian product of the scalar, not a
+    Jacobian for each class and task; jitter is never below the rounding error of K; the places
+    that classes leave over are filled.
+    """
+    recipe = Recipe(
+        "fromp",
+        structure="diagonal" if kernel == "gp" else None,
+        gradient="none",
+        memory=memory,
+        score=score,
+        descending=descending,
+        soft=strength,
+        kernel=kernel,
+        kernel_precision=prior_precision,
+        jitter=jitter,
+    )
+    return _prior(likelihood, recipe)
+
+
+def gradient_reconstruction(
+    likelihood: Likelihood,
+    *,
+    memory: int | None = 200,
+    weight: bool = True,
+    function: bool = True,
+    replay: float = 0.0,
+    blend: float = 0.0,
+    strength: float = 1.0,
+    structure: Literal["diagonal", "dense"] = "diagonal",
+    gradient: Gradient = "stationary",
+    precision: float = 0.0,
+    score: str = "random",
+    temperature: float = 1.0,
+) -> Prior:
+    r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
+
+        strength ½ <d, G d> + sum_M1 KL(p* ‖ p) + sum_M2 l(y, f),   G of the examples not kept.
+
+    weight, function: leave out a part. replay: this fraction of the memory is kept by its true
+    label (M2), the rest by soft labels (M1). blend: every item mixes, (1 - blend) soft and blend
+    true. gradient: "stored" also keeps g, which is exact at anchors that are no minimum and costs
+    one more pass.
+
+    Departs from the released code: exact curvature under the task's own head (there the empirical
+    Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
+    be tuned for each memory size, and at the anchor the replayed examples' own gradient is
+    subtracted, so that the whole prior is flat there.
+    """
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend must lie in [0, 1], got {blend}")
+    if replay and blend:
+        raise ValueError("replay splits the memory and blend mixes labels; give one of them")
+    if not function:
+        soft, hard, fraction = 0.0, (1.0 if replay or blend else 0.0), 0.0
+    else:
+        soft, hard, fraction = 1.0 - blend, blend, replay
+    recipe = Recipe(
+        "gradient_reconstruction",
+        structure=structure if weight else None,
+        strength=strength,
+        gradient=gradient,
+        memory=memory if soft or hard or fraction else 0,
+        score=score,
+        soft=soft,
+        hard=hard,
+        replay_fraction=fraction,
+        divergence=KL(temperature),
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2.0) -> Prior:
+    r"""Learning without forgetting (Li & Hoiem 2016): T² KL_T(p* ‖ p) on the *current* inputs.
+
+    Call ``prior = prior.prepare(model, data)`` before each task (the learner does). Departs from
+    the paper: one softmax over all old classes instead of one for each old head.
+    """
+    recipe = Recipe(
+        "lwf", gradient="none", distil=strength, divergence=KL(temperature, rescale=True)
+    )
+    return _prior(likelihood, recipe)
+
+
+def experience_replay(
+    likelihood: Likelihood,
+    *,
+    memory: int = 1000,
+    strength: float = 1.0,
+    balanced: bool = False,
+    total: bool = True,
+) -> Prior:
+    r"""Replay of true labels: strength · (N / M) sum_memory l(y, f), N all past examples.
+
+    memory: examples in all, by reservoir sampling (Rolnick 2019) or ``balanced`` over classes;
+    total=False keeps that many of each task. Departs from online replay: the reservoir is drawn
+    once a task has been learned, with the same law.
+    """
+    recipe = Recipe(
+        "experience_replay",
+        gradient="none",
+        memory=memory,
+        total=total,
+        score="random",
+        per_class=balanced,
+        population=True,
+        soft=0.0,
+        hard=strength,
+    )
+    return _prior(likelihood, recipe)
+
+
+def der(
+    likelihood: Likelihood, *, memory: int = 1000, alpha: float = 0.1, total: bool = True
+) -> Prior:
+    r"""Dark experience replay (Buzzega 2020): alpha · (N / M) sum_memory ½ ‖f - f*‖².
+
+    f* are the logits when an example was memorised, never refreshed; memory as in
+    ``experience_replay``. The paper's alpha multiplies a mean over C logits without the ½, so
+    alpha here = 2 alpha_paper / C. Departs from it: f* is taken after the task, not in passing.
+    """
+    return derpp(likelihood, memory=memory, alpha=alpha, beta=0.0, total=total)
+
+
+def derpp(
+    likelihood: Likelihood,
+    *,
+    memory: int = 1000,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    total: bool = True,
+) -> Prior:
+    r"""DER++ (Buzzega 2020): (N / M) sum_memory alpha ½ ‖f - f*‖² + beta l(y, f).
+
+    Both parts share one forward pass over the same items; the paper draws two batches.
+    """
+    recipe = Recipe(
+        "derpp" if beta else "der",
+        gradient="none",
+        memory=memory,
+        total=total,
+        score="random",
+        per_class=False,
+        population=True,
+        soft=alpha,
+        hard=beta,
+        divergence=Logit(),
+        refresh=False,
+    )
+    return _prior(likelihood, recipe)
+
+
+def joint(likelihood: Likelihood, *, precision: float = 0.0) -> Prior:
+    """Everything is kept and replayed: batch training, the yardstick of what memory can give.
+
+    In a plain loop it is a replay of all past examples; the learner trains afresh on their union
+    for each task.
+    """
+    recipe = Recipe(
+        "joint",
+        gradient="none",
+        memory=None,
+        per_class=False,
+        soft=0.0,
+        hard=1.0,
+        reference="joint",
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def separate(likelihood: Likelihood, *, precision: float = 0.0) -> Prior:
+    """A fresh model for each task: no forgetting, no transfer. For the learner alone."""
+    recipe = Recipe("separate", gradient="none", reference="separate")
+    return _prior(likelihood, recipe, precision)
+
+
+def online_ewc(
+    likelihood: Likelihood, *, strength: float = 1.0, discount: float = 1.0, precision: float = 0.0
+) -> Prior:
+    """``ewc(online=True)`` under its own name."""
+    prior = ewc(likelihood, strength=strength, online=True, discount=discount, precision=precision)
+    return replace(prior, recipe=replace(prior.recipe, name="online_ewc"))
+
+
+PRESETS: Mapping[str, Callable[..., Prior]] = MappingProxyType(
+    {
+        preset.__name__: preset
+        for preset in (
+            finetune,
+            weight_decay,
+            ewc,
+            online_ewc,
+            si,
+            online_laplace,
+            kprior,
+            fromp,
+            gradient_reconstruction,
+            lwf,
+            experience_replay,
+            der,
+            derpp,
+            joint,
+            separate,
+        )
+    }
+)

@@ -1,0 +1,612 @@
+r"""``Prior``: what the past says about the weights, as a function of the model, in nats.
+
+    Prior(theta) = R(theta) + <g, d> + ½ <d, G d> + sum_function D + sum_replay l
+
+Every past example's gradient at the anchor is carried exactly once, and so is its curvature. A
+method is a choice of terms (``terms.py``) and a ``Recipe`` that says how they are made again
+after each task. Three fall out:
+
+    EWC                      Recipe(structure="diagonal", gradient="anchored")
+    a K-prior                Recipe(precision=delta, memory=200, gradient="stationary")
+    gradient reconstruction  Recipe(structure="diagonal", memory=200, gradient="stored")
+
+A prior is frozen: ``update``, ``replace``, ``forget`` and the rest return a new one, so that
+yesterday's prior cannot change under you and a run can be replayed.
+Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pan et al. 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import adapt, divergences, likelihoods, recall
+from .curvature import Curvature, diagonal_curvature
+from .curvature import from_state_dict as curvature_from_state_dict
+from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
+from .divergences import Logit
+from .errors import StaleAnchorError
+from .likelihoods import Likelihood
+from .memory import Memory, memorise
+from .models import (
+    Inputs,
+    concat,
+    evaluating,
+    forward,
+    match,
+    parameters,
+    require_finite,
+    rows,
+    snapshot,
+)
+from .named import named, unnamed
+from .path import PathIntegral
+from .recall import Pass, Terms
+from .recipe import Recipe
+from .terms import Block, KernelTerm, MemoryTerm, Regulariser, WeightTerm, kernel_term
+from .terms import to as move_term
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A sum of terms in nats, and the recipe that remakes them.
+
+    likelihood: of the outputs. recipe: see ``Recipe``. terms: summed. curvature: of the past
+    data, where only the kernels of FROMP use it. num_data, num_tasks: what has been learned.
+    heads: the class sets that occurred.
+    """
+
+    likelihood: Likelihood
+    recipe: Recipe = Recipe()
+    terms: Terms = ()
+    curvature: Curvature | None = None
+    num_data: int = 0
+    num_tasks: int = 0
+    heads: tuple[Head | None, ...] = ()
+
+    # ---------------------------------------------------------------- value
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Nats, a scalar with a gradient in the model's parameters.
+
+        batch_size: items drawn from each memory instead of all of it: an unbiased estimate, at a
+        cost that does not grow with the number of tasks. The memory is read in eval mode.
+        Raises StaleAnchorError where the model is no longer the one that the prior knows.
+        """
+        value, drawn = self._weight_space(model), self._draw(batch_size, generator)
+        if drawn:
+            with evaluating(model):
+                f = forward(model, concat([sample.inputs for _, sample in drawn]))
+            value = value + self._function_space(f, drawn)
+        return value
+
+    def loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,  # (B, ...)
+        labels: Tensor,  # (B,) or (B, C)
+        *,
+        num_data: int,
+        head: Head | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """mean nll of the batch + prior / num_data: nats per example, in one forward pass.
+
+        The same as ``nll.mean() + prior(model, ...) / num_data``, with new data and memory in one
+        batch. A model with modules that act differently in training (dropout, batch
+        normalisation) takes two passes, so that the memory is still read in eval mode.
+        """
+        drawn, n = self._draw(batch_size, generator), rows(inputs)
+        remembered = [sample.inputs for _, sample in drawn]
+        if not drawn or _mode_matters(model):
+            f_new = forward(model, inputs)
+            if drawn:
+                with evaluating(model):
+                    f_old = forward(model, concat(remembered))
+        else:
+            f_new, f_old = forward(model, concat([inputs, *remembered])).tensor_split([n])
+        f_new = _at_least_float32(f_new)
+        mask = head_mask(head, f_new.shape[1], f_new.device)
+        nll = self.likelihood.nll(self.likelihood.mask(f_new, mask), labels).mean()
+        past = self._weight_space(model)
+        if drawn:
+            past = past + self._function_space(f_old, drawn)  # type: ignore[possibly-undefined]
+        return nll + past / num_data
+
+    def _weight_space(self, model: nn.Module) -> Tensor:
+        values = [t(model) for t in self.terms if isinstance(t, (Regulariser, WeightTerm))]
+        if not values:
+            first = next(model.parameters())
+            return torch.zeros((), dtype=first.dtype, device=first.device)
+        return sum(values[1:], start=values[0])
+
+    def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
+        held = [t for t in self.terms if isinstance(t, (MemoryTerm, KernelTerm)) and len(t.memory)]
+        return [(term, term.draw(n, generator)) for term in held]
+
+    def _function_space(self, f: Tensor, drawn: list[tuple[Any, Any]]) -> Tensor:
+        f = _at_least_float32(f)
+        parts = f.split([rows(sample.inputs) for _, sample in drawn])
+        values = [
+            term.value(part, sample, self.likelihood)
+            for (term, sample), part in zip(drawn, parts, strict=True)
+        ]
+        return sum(values[1:], start=values[0])
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def regulariser(self) -> Regulariser | None:
+        """R, or None where there is none."""
+        return next((t for t in self.terms if isinstance(t, Regulariser)), None)
+
+    @property
+    def weight(self) -> WeightTerm | None:
+        """The quadratic at the anchor, or None before the first update."""
+        return next((t for t in self.terms if isinstance(t, WeightTerm)), None)
+
+    @property
+    def memory(self) -> Memory | None:
+        """All remembered examples, or None."""
+        held = [t.memory for t in self.terms if isinstance(t, (MemoryTerm, KernelTerm))]
+        merged = None
+        for memory in held:
+            merged = memory if merged is None else merged.add(memory)
+        return merged
+
+    @property
+    def num_bytes(self) -> int:
+        """What must be stored: anchor, g, G, kernels and memory."""
+        curvature = 0 if self.curvature is None else self.curvature.num_bytes
+        return sum(term.num_bytes for term in self.terms) + curvature
+
+    def __add__(self, other: Prior) -> Prior:
+        """Both sums of terms; the first one's recipe goes on."""
+        if not isinstance(other, Prior):
+            return NotImplemented
+        if self.likelihood != other.likelihood:
+            raise ValueError(
+                f"cannot add a prior of {self.likelihood} to one of {other.likelihood}: "
+                "the same outputs must mean the same"
+            )
+        return replace(
+            self,
+            terms=self.terms + other.terms,
+            num_data=self.num_data + other.num_data,
+            num_tasks=self.num_tasks + other.num_tasks,
+            heads=tuple(dict.fromkeys((*self.heads, *other.heads))),
+        )
+
+    def __mul__(self, factor: float) -> Prior:
+        """Every term times ``factor``: how much this part of the past is believed."""
+        if not isinstance(factor, (int, float)) or not (factor >= 0 and math.isfinite(factor)):
+            raise ValueError(
+                f"a prior can be multiplied by a finite number of at least 0, got {factor!r}"
+            )
+        return replace(self, terms=tuple(term * float(factor) for term in self.terms))
+
+    __rmul__ = __mul__
+
+    # ---------------------------------------------------------------- update
+
+    def prepare(self, model: nn.Module, data: Data, *, head: Head | None = None) -> Prior:
+        """Call before a task is learned: LwF records what the old model says of the new inputs.
+
+        The other priors return themselves. Soft labels over all classes seen so far.
+        """
+        if self.recipe.distil == 0 or self.num_tasks == 0:
+            return self
+        require_repeatable(data)
+        items = memorise(model, data, self.likelihood, head=head_of(data, head))
+        seen = _union(self.heads)
+        items = replace(items, heads=(seen,)).weighted(self.recipe.distil, 0.0)
+        kept = tuple(term for term in self.terms if not isinstance(term, MemoryTerm))
+        return replace(self, terms=(*kept, MemoryTerm(items, self.recipe.divergence)))
+
+    def update(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        head: Head | None = None,
+        path: PathIntegral | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Prior:
+        """Identify, memorise and recall: today's posterior is tomorrow's prior.
+
+        model: at the weights that were learned from ``data`` and this prior; read in eval mode.
+        head: the class set of these examples; by default the one that the data carry.
+        path: the ``PathIntegral`` that watched the training, where structure is "path".
+        batch_size: of the passes over the data; the result does not depend on it.
+
+        Raises ValueError where the memory is larger than the task, labels lie outside of the
+        head or there are no data; NotRepeatableError for a shuffled or augmented loader;
+        NonFiniteError; StaleAnchorError where parameters were renamed or resized.
+        """
+        items = self.memorise(model, data, head=head, generator=generator, batch_size=batch_size)
+        return self.recall(
+            model,
+            data,
+            items,
+            head=head,
+            path=path,
+            generator=generator,
+            batch_size=batch_size,
+        )
+
+    def memorise(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        head: Head | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Memory | None:
+        """The items of ``data`` that the recipe keeps, with the recipe's weights."""
+        recipe = self.recipe
+        if not recipe.keeps_memory:
+            return None
+        require_repeatable(data)
+        available = num_examples(data)
+        size = recipe.memory
+        if recipe.total and size is not None:
+            size = min(size, available)
+        variance = None
+        if recipe.score == "leverage":
+            variance = self._leverage_variance(model, data, head, generator, batch_size)
+        items = memorise(
+            model,
+            data,
+            self.likelihood,
+            size=size,
+            score=recipe.score,
+            per_class=recipe.per_class,
+            descending=recipe.descending,
+            head=head,
+            task=self.num_tasks,
+            variance=variance,
+            generator=generator,
+            batch_size=batch_size,
+        )
+        stands_for = available / len(items) if recipe.population and not recipe.total else 1.0
+        soft = torch.full_like(items.soft_weight, recipe.soft * stands_for)
+        hard = torch.full_like(items.hard_weight, recipe.hard * stands_for)
+        if recipe.replay_fraction:
+            count = round(recipe.replay_fraction * len(items))
+            replayed = torch.randperm(len(items), generator=generator)[:count].to(soft.device)
+            soft[replayed], hard[replayed] = 0.0, stands_for
+        return items.weighted(soft, hard)
+
+    def recall(
+        self,
+        model: nn.Module,
+        data: Data,
+        items: Memory | None = None,
+        *,
+        head: Head | None = None,
+        path: PathIntegral | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Prior:
+        """The prior at the model's present weights, with ``data`` in the past and ``items`` kept.
+
+        New gradient, curvature and soft labels are all computed before anything is put together:
+        whatever raises leaves this prior as it was. Raises as ``update``.
+        """
+        recipe, head = self.recipe, head_of(data, head)
+        require_repeatable(data)
+        self._require_anchor(model)
+        past = self if recipe.discount == 1 else self.discount(recipe.discount)
+        old = None if recipe.distil else past.memory
+        if old is not None and recipe.refresh and not recipe.kernel:
+            old = old.refresh(model)
+        new = num_examples(data)
+        held, evicted = recall.merge(
+            old, items, recipe, self.num_data, new, self.likelihood, generator
+        )
+        over = Pass(model, data, self.likelihood, head, generator, batch_size)
+        with evaluating(model):
+            curvature = recall.curvature(
+                past.terms,
+                recipe,
+                over,
+                extra=past.curvature,
+                items=items,
+                evicted=evicted,
+                path=path,
+            )
+            g = recall.gradient(past.terms, recipe, over, items=items, held=held)
+        terms: list[Any] = [t for t in past.terms if isinstance(t, Regulariser)]
+        in_weights = None if recipe.kernel else curvature
+        if g is not None or in_weights is not None or recipe.distil:
+            terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights))
+        if held is not None and len(held):
+            terms.append(self._memory_term(model, held, curvature))
+        return replace(
+            past,
+            terms=tuple(terms),
+            curvature=curvature if recipe.kernel == "gp" else None,
+            num_data=past.num_data + new,
+            num_tasks=past.num_tasks + 1,
+            heads=tuple(dict.fromkeys((*past.heads, head))),
+        )
+
+    def _memory_term(
+        self, model: nn.Module, held: Memory, curvature: Curvature | None
+    ) -> MemoryTerm | KernelTerm:
+        recipe = self.recipe
+        if recipe.kernel is None:
+            return MemoryTerm(held, recipe.divergence)
+        covariance = None
+        if recipe.kernel == "gp" and curvature is not None:
+            covariance = recall.variance(curvature, recipe.kernel_precision)
+        return kernel_term(
+            model,
+            held,
+            self.likelihood,
+            variance=covariance,
+            jitter=recipe.jitter,
+            strength=recipe.soft,
+        )
+
+    def _require_anchor(self, model: nn.Module) -> None:
+        """The model is the one that the prior knows, and its weights are numbers."""
+        params = parameters(model)
+        for term in self.terms:
+            if isinstance(term, WeightTerm) and term.anchor.keys() != params.keys():
+                match(model, term.anchor)
+                raise StaleAnchorError(
+                    "the model has trainable parameters that the prior does not know: "
+                    f"{sorted(params.keys() - term.anchor.keys())[:5]}; freeze them, or call "
+                    "prior.grow(model)"
+                )
+            if isinstance(term, WeightTerm):
+                match(model, term.anchor)
+        for name, p in params.items():
+            require_finite(p, f"the parameter {name}")
+
+    def _leverage_variance(
+        self,
+        model: nn.Module,
+        data: Data,
+        head: Head | None,
+        generator: torch.Generator | None,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        with evaluating(model):
+            new: Curvature = diagonal_curvature(
+                model,
+                data,
+                self.likelihood,
+                head=head_of(data, head),
+                generator=generator,
+                batch_size=batch_size,
+            )
+        old = recall.total_curvature(self.terms, self.curvature)
+        precision = self.regulariser.precision if self.regulariser is not None else 0.0
+        precision = max(precision, self.recipe.kernel_precision)
+        return recall.variance(new if old is None else new + old, precision)
+
+    # ---------------------------------------------------------------- change
+
+    def discount(self, factor: float) -> Prior:
+        """Every term but the regulariser times ``factor``: an older past is believed less."""
+        if not 0 <= factor <= 1:
+            raise ValueError(f"discount must lie in [0, 1], got {factor}")
+        terms = tuple(t if isinstance(t, Regulariser) else t * factor for t in self.terms)
+        curvature = None if self.curvature is None else self.curvature * factor
+        return replace(self, terms=terms, curvature=curvature)
+
+    def replace(self, *, regulariser: Regulariser) -> Prior:
+        """Another regulariser. R is a term of its own and g is of data only, so R is swapped.
+
+        Where g is "stationary" or "anchored" it is minus the old R's gradient at the anchor, the
+        data's own gradient at a minimum: a number by now, right whatever R becomes.
+        """
+        others = tuple(t for t in self.terms if not isinstance(t, Regulariser))
+        return replace(self, terms=(regulariser, *others))
+
+    def forget(
+        self,
+        model: nn.Module,
+        data: Data | None = None,
+        *,
+        task: int | None = None,
+        ids: Tensor | None = None,
+        head: Head | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Prior:
+        """Take examples out of the past; refit the model from the anchor afterwards.
+
+        data: the examples, read again, with the ids they had. Those in memory are dropped, and
+        their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
+        which is unbounded below). task, ids: which ones; enough where all are in memory.
+        The model's weights are set to the anchor meanwhile, and restored.
+
+        Raises ValueError for examples that are neither given nor remembered, for priors that mix
+        their examples (kernels, path integrals), and where G would turn indefinite.
+        """
+        over = None
+        if data is not None:
+            require_repeatable(data)
+            over = Pass(model, data, self.likelihood, head_of(data, head), None, batch_size)
+        terms, count = adapt.forget(
+            self.terms,
+            self.recipe,
+            over,
+            model=model,
+            likelihood=self.likelihood,
+            task=task,
+            ids=None if ids is None else torch.as_tensor(ids),
+        )
+        return replace(self, terms=terms, num_data=max(0, self.num_data - count))
+
+    def transfer(
+        self,
+        model: nn.Module,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        new_classes: adapt.NewClasses = "zero",
+        allow_unmatched: bool = False,
+    ) -> Prior:
+        """The same past for another model.
+
+        Memory terms move unchanged. g, G and the anchor follow by name: ``parameters`` maps the
+        new model's names to the prior's (by default equal names). A parameter may hold fewer or
+        more entries along any dimension: the common leading block is kept, and new entries start
+        with their present value as the anchor, without gradient or curvature.
+        new_classes: what a remembered soft label says of outputs that it never saw: "zero"
+        probability, or "mask": nothing.
+
+        Raises StaleAnchorError where names or dimensions do not match, unless
+        ``allow_unmatched``; ValueError for logits matched by squares (DER) with "zero".
+        """
+        grows = new_classes == "zero" and any(
+            isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in self.terms
+        )
+        terms = adapt.transfer(
+            self.terms,
+            model,
+            names=parameters,
+            new_classes="mask" if grows else new_classes,
+            allow_unmatched=allow_unmatched,
+        )
+        if grows and terms_width(terms) != terms_width(self.terms):
+            raise ValueError(
+                "a logit has no value that means probability 0, so squared logits cannot say "
+                "that of a new class; pass new_classes='mask'"
+            )
+        curvature = adapt.transfer_curvature(self.curvature, model, parameters)
+        return replace(self, terms=terms, curvature=curvature)
+
+    def grow(self, model: nn.Module, *, new_classes: adapt.NewClasses = "zero") -> Prior:
+        """``transfer`` to the same model after its head was given more outputs."""
+        return self.transfer(model, new_classes=new_classes)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Prior:
+        """On another device, or in another floating dtype."""
+        curvature = None if self.curvature is None else self.curvature.to(device, dtype)
+        terms = tuple(move_term(term, device, dtype) for term in self.terms)
+        return replace(self, terms=terms, curvature=curvature)
+
+    # ---------------------------------------------------------------- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""
+        return {
+            "likelihood": named(self.likelihood),
+            "recipe": self.recipe.to_dict(),
+            "terms": [_term_state(term) for term in self.terms],
+            "curvature": None if self.curvature is None else self.curvature.state_dict(),
+            "num_data": self.num_data,
+            "num_tasks": self.num_tasks,
+            "heads": [None if h is None else list(h) for h in self.heads],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Prior:
+        """Raises KeyError for a missing entry, ValueError for a term that is not known."""
+        curvature = state["curvature"]
+        return cls(
+            likelihood=unnamed(likelihoods, state["likelihood"]),
+            recipe=Recipe.from_dict(state["recipe"]),
+            terms=tuple(_term_from_state(term) for term in state["terms"]),
+            curvature=None if curvature is None else curvature_from_state_dict(curvature),
+            num_data=state["num_data"],
+            num_tasks=state["num_tasks"],
+            heads=tuple(None if h is None else tuple(h) for h in state["heads"]),
+        )
+
+
+def terms_width(terms: Terms) -> set[int]:
+    """The numbers of outputs that the remembered beliefs are about."""
+    held = [t for t in terms if isinstance(t, (MemoryTerm, KernelTerm))]
+    return {t.memory.reference.shape[1] for t in held}
+
+
+def _term_state(term: Any) -> dict[str, Any]:
+    if isinstance(term, Regulariser):
+        return {"name": "Regulariser", "precision": term.precision, "mean": term.mean}
+    if isinstance(term, WeightTerm):
+        curvature = None if term.curvature is None else term.curvature.state_dict()
+        return {
+            "name": "WeightTerm",
+            "anchor": term.anchor,
+            "gradient": term.gradient,
+            "curvature": curvature,
+        }
+    if isinstance(term, MemoryTerm):
+        return {
+            "name": "MemoryTerm",
+            "memory": term.memory.state_dict(),
+            "divergence": named(term.divergence),
+        }
+    if isinstance(term, KernelTerm):
+        blocks = [
+            {**vars(b), "head": None if b.head is None else list(b.head)} for b in term.blocks
+        ]
+        return {
+            "name": "KernelTerm",
+            "memory": term.memory.state_dict(),
+            "blocks": blocks,
+            "strength": term.strength,
+        }
+    raise TypeError(f"a {type(term).__name__} cannot be saved; its own code must do it")
+
+
+def _term_from_state(state: Mapping[str, Any]) -> Any:
+    name = state["name"]
+    if name == "Regulariser":
+        return Regulariser(state["precision"], state["mean"])
+    if name == "WeightTerm":
+        curvature = state["curvature"]
+        return WeightTerm(
+            state["anchor"],
+            state["gradient"],
+            None if curvature is None else curvature_from_state_dict(curvature),
+        )
+    if name == "MemoryTerm":
+        divergence = unnamed(divergences, state["divergence"])
+        return MemoryTerm(Memory.from_state_dict(state["memory"]), divergence)
+    if name == "KernelTerm":
+        blocks = tuple(
+            Block(**{**b, "head": None if b["head"] is None else tuple(b["head"])})
+            for b in state["blocks"]
+        )
+        return KernelTerm(Memory.from_state_dict(state["memory"]), blocks, state["strength"])
+    raise ValueError(f"unknown term {name!r}; a newer version may have written this file")
+
+
+def _union(heads: tuple[Head | None, ...]) -> Head | None:
+    """All classes of some heads; None where one of them is all outputs."""
+    if any(h is None for h in heads):
+        return None
+    return tuple(sorted({c for h in heads for c in h or ()}))
+
+
+def _mode_matters(model: nn.Module) -> bool:
+    """Whether some module in training mode acts otherwise than in eval mode."""
+    return model.training and any(
+        m.training and isinstance(m, _MODAL) and getattr(m, "p", 1.0) != 0 for m in model.modules()
+    )
+
+
+_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def _at_least_float32(f: Tensor) -> Tensor:
+    return f.float() if f.dtype in (torch.bfloat16, torch.float16) else f

@@ -1,0 +1,277 @@
+r"""Recall: the parts of a new prior, computed at the weights that were just learned.
+
+Each function returns a part (memory, G, g) and changes nothing, so that ``Prior.recall`` can put
+them together only when all have succeeded. The accounting rule is kept here:
+
+    g  <-  grad(weight and function terms)(theta_new) + sum_new J*ᵀ r - what replay carries itself
+    G  <-  G + sum_new J*ᵀ H J*  of the examples that did not go into memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from . import select
+from .curvature import Curvature, dense_curvature, diagonal_curvature
+from .data import Data, Head
+from .jacobians import gradient as data_gradient
+from .likelihoods import Likelihood
+from .memory import Memory
+from .models import Params, forward, parameters
+from .path import PathIntegral
+from .recipe import Recipe
+from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+
+Terms = tuple[Regulariser | WeightTerm | MemoryTerm | KernelTerm, ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over new data at the learned weights: what every part below needs.
+
+    model: in eval mode. head: the class set of the data. batch_size: examples at a time.
+    """
+
+    model: nn.Module
+    data: Data
+    likelihood: Likelihood
+    head: Head | None = None
+    generator: torch.Generator | None = None
+    batch_size: int = 512
+
+
+# -------------------------------------------------------------------- memory
+
+
+def merge(
+    old: Memory | None,
+    items: Memory | None,
+    recipe: Recipe,
+    seen: int,
+    new: int,
+    likelihood: Likelihood,
+    generator: torch.Generator | None = None,
+) -> tuple[Memory | None, Memory | None]:
+    """(the memory that is kept, the old items that had to leave).
+
+    seen, new: how many examples came before and with this task: a total memory that is a
+    reservoir holds each of them with the same probability.
+    """
+    if items is None or old is None:
+        merged, evicted = (items if old is None else old), None
+    elif recipe.total and recipe.memory is not None:
+        merged, evicted = _bounded(old, items, recipe, seen, new, likelihood, generator)
+    else:
+        merged, evicted = old.add(items), None
+    if merged is not None and recipe.total and recipe.population:
+        each = (seen + new) / len(merged)
+        merged = merged.weighted(recipe.soft * each, recipe.hard * each)
+    return merged, evicted
+
+
+def _bounded(
+    old: Memory,
+    items: Memory,
+    recipe: Recipe,
+    seen: int,
+    new: int,
+    likelihood: Likelihood,
+    generator: torch.Generator | None,
+) -> tuple[Memory, Memory]:
+    both, size = old.add(items), recipe.memory or 0
+    if len(both) <= size:
+        return both, old[:0]
+    balanced = recipe.per_class and not both.labels.is_floating_point()
+    if recipe.score == "random" and not balanced:
+        # A reservoir: how many of the survivors are new follows the hypergeometric law.
+        order = torch.randperm(seen + new, generator=generator)
+        from_new = int((order[:size] >= seen).sum())
+        from_new = max(size - len(old), min(from_new, len(items)))
+        keys = torch.rand(len(both), generator=generator)
+        survivors = select.top_k(keys[: len(old)], size - from_new)
+        newcomers = len(old) + select.top_k(keys[len(old) :], from_new)
+        chosen = torch.cat([survivors, newcomers])
+    else:
+        keys = _keys(both, recipe, likelihood, generator)
+        chosen = (
+            select.per_class(keys, both.labels, size, descending=recipe.descending)
+            if balanced
+            else select.top_k(keys, size, descending=recipe.descending)
+        )
+    kept = torch.zeros(len(both), dtype=torch.bool)
+    kept[chosen] = True
+    return both.drop(~kept), old.drop(kept[: len(old)])
+
+
+def _keys(
+    memory: Memory, recipe: Recipe, likelihood: Likelihood, generator: torch.Generator | None
+) -> Tensor:
+    """Scores of old and new items by their present beliefs, so that they compare."""
+    if recipe.score == "random":
+        return torch.rand(len(memory), generator=generator)
+    f = likelihood.mask(memory.reference, memory.mask)
+    if recipe.score == "residual":
+        return likelihood.residual(f, memory.labels).norm(dim=-1)
+    return likelihood.hessian_trace(f)
+
+
+# -------------------------------------------------------------------- curvature
+
+
+def curvature(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass,
+    *,
+    extra: Curvature | None = None,
+    items: Memory | None = None,
+    evicted: Memory | None = None,
+    path: PathIntegral | None = None,
+) -> Curvature | None:
+    """G of the examples that the weight term stands for; ``extra`` is what the kernels held."""
+    if recipe.structure is None:
+        return None
+    old = total_curvature(terms, extra)
+    if recipe.structure == "path":
+        if path is None:
+            raise ValueError(
+                "this prior learns from the path of training: watch it with "
+                "`with PathIntegral(model, optimizer, prior, num_data) as path:` and call "
+                "prior.update(model, data, path=path)"
+            )
+        new: Curvature = path.curvature(recipe.path_damping) * recipe.strength
+        return new if old is None else old + new
+    # FROMP's covariance is of all data: there the curvature is not a term of the sum.
+    leaves_out = recipe.exclude_memory and not recipe.kernel
+    excluded = items.origin if items is not None and leaves_out else None
+    new = fit_curvature(recipe, over, exclude=excluded)
+    if evicted is not None and leaves_out:
+        for group, head in by_head(evicted):
+            pair = (group.inputs, group.labels)
+            new = new + fit_curvature(recipe, replace(over, data=pair, head=head))
+    return new if old is None else old + new
+
+
+def fit_curvature(recipe: Recipe, over: Pass, *, exclude: Tensor | None = None) -> Curvature:
+    """strength · sum_i J*ᵀ H J* over one pass, in the recipe's structure."""
+    fit = dense_curvature if recipe.structure == "dense" else diagonal_curvature
+    new = fit(
+        over.model,
+        over.data,
+        over.likelihood,
+        estimator=recipe.estimator,
+        head=over.head,
+        exclude=exclude,
+        generator=over.generator,
+        batch_size=over.batch_size,
+    )
+    return new * recipe.strength
+
+
+def total_curvature(terms: Terms, extra: Curvature | None = None) -> Curvature | None:
+    """The sum of the terms' curvatures, or None."""
+    total = extra
+    for term in terms:
+        if isinstance(term, WeightTerm) and term.curvature is not None:
+            total = term.curvature if total is None else total + term.curvature
+    return total
+
+
+def variance(curvature: Curvature, precision: float) -> Params:
+    """1 / (diag G + precision): the diagonal Laplace covariance of the weights."""
+    if not precision > 0:
+        raise ValueError(f"the prior precision of a covariance must be positive, got {precision}")
+    return {n: 1.0 / (v.clamp(min=0) + precision) for n, v in curvature.diagonal().items()}
+
+
+# -------------------------------------------------------------------- gradient
+
+
+def gradient(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass,
+    *,
+    items: Memory | None = None,
+    held: Memory | None = None,
+) -> Params | None:
+    """g at the present weights, by the recipe's choice (``Recipe.gradient``); None for 0.
+
+    items: the new memory; held: all of it.
+    """
+    if recipe.gradient == "none":
+        return None
+    params = parameters(over.model)
+    g = {n: torch.zeros_like(p) for n, p in params.items()}
+    if recipe.gradient in ("stored", "carried"):
+        g = plus(g, _carried(terms, over))
+        if recipe.gradient == "stored":
+            new = data_gradient(
+                over.model,
+                over.data,
+                over.likelihood,
+                head=over.head,
+                batch_size=over.batch_size,
+            )
+            g = plus(g, new)
+            if items is not None:  # replay carries its own gradient
+                g = plus(g, replay_slope(items, over), -1.0)
+        return g
+    for term in terms:
+        if isinstance(term, Regulariser) and term.precision:
+            g = plus(g, term.gradient(params), -1.0)
+    if recipe.gradient == "stationary" and held is not None:
+        g = plus(g, replay_slope(held, over), -1.0)
+    return g if any(bool(v.any()) for v in g.values()) else None
+
+
+def _carried(terms: Terms, over: Pass) -> Params:
+    """The gradient of weight and function terms at the present weights."""
+    params = parameters(over.model)
+    g = {n: torch.zeros_like(p) for n, p in params.items()}
+    for term in terms:
+        if isinstance(term, WeightTerm):
+            g = plus(g, term.slope(params))
+        elif isinstance(term, MemoryTerm) and term.has_soft:
+            soft = term.memory.weighted(term.memory.soft_weight, 0.0)
+            g = plus(g, _memory_slope(replace(term, memory=soft), over))
+    return g
+
+
+def replay_slope(items: Memory, over: Pass) -> Params:
+    """The gradient of the true-label part of a memory at the present weights."""
+    hard = items.weighted(0.0, items.hard_weight)
+    return _memory_slope(MemoryTerm(hard), over)
+
+
+def _memory_slope(term: MemoryTerm, over: Pass) -> Params:
+    """The gradient of a memory term, a batch at a time; ``.grad`` is left alone."""
+    params = parameters(over.model)
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    for start in range(0, len(term.memory), over.batch_size):
+        part = replace(term, memory=term.memory[slice(start, start + over.batch_size)])
+        if not (part.has_soft or part.has_hard):
+            continue
+        with torch.enable_grad():
+            f = forward(over.model, part.memory.inputs)
+            value = part.value(f, part.memory, over.likelihood)
+        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        for n, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                total[n] = total[n] + grad
+    return total
+
+
+def plus(a: Params, b: Mapping[str, Tensor], factor: float = 1.0) -> Params:
+    """a + factor b, over the names of a; a name that b lacks counts as 0."""
+    return {n: v + factor * b[n] if n in b else v for n, v in a.items()}
+
+
+def by_head(memory: Memory) -> Iterator[tuple[Memory, Head | None]]:
+    """The items of each head in turn."""
+    for index in memory.head.unique().tolist():
+        yield memory[(memory.head == index).nonzero().squeeze(1)], memory.heads[index]

@@ -1,0 +1,110 @@
+"""``Recipe``: how a method remakes its prior after each task. A preset is one of these.
+
+Frozen and made of plain values, so that the configuration of a run is the recipe in its file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from . import divergences
+from .divergences import KL, Divergence
+from .named import known, named, unnamed
+
+Structure = Literal["diagonal", "dense", "path"]
+Estimator = Literal["exact", "mc", "empirical"]
+Gradient = Literal["stored", "carried", "stationary", "anchored", "none"]
+Reference = Literal["joint", "separate"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a prior is made again after each task. Strengths multiply nats; 1 is Bayes.
+
+    Weight term
+        structure: of G: "diagonal", "dense", "path" (SI's path integral) or None for no G.
+        estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
+        strength: multiplies the curvature of each new task (EWC's lambda).
+        discount: multiplies the whole past before a new task is added (online EWC's gamma).
+        exclude_memory: leave the examples that are kept out of G, so that none counts twice.
+        path_damping: SI's xi.
+        gradient: what g holds after a task, at the new anchor theta*:
+            "stored"      the data's own gradient: exact at any anchor, converged or not
+            "carried"     the gradient of the old terms, not of the new data (offline EWC)
+            "stationary"  minus that of R and of replay: exact where theta* is a minimum
+            "anchored"    minus that of R: R is pulled to theta* (online EWC, K-priors)
+            "none"        0, and R stays where it is
+
+    Memory
+        memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none.
+        score, per_class, descending: which ones (``identify``; also "k_centre").
+        population: an item stands for N / M examples, not only for itself.
+        soft, hard: how much an item counts by its soft and by its true label.
+        replay_fraction: this part of the new items is kept by its true label alone.
+        divergence: of soft labels. refresh: ask the model again after each task.
+        kernel: "gp" (FROMP) or "identity" (FROMP-L2) couples the means of the outputs instead.
+        kernel_precision, jitter: delta of FROMP's covariance, and what is added to K.
+
+    On the data at hand
+        distil: LwF's strength: the current inputs are the memory. Needs ``Prior.prepare``.
+        reference: not a prior but a yardstick, for the learner: "joint" trains on all data
+        again, "separate" trains a fresh model for each task.
+    """
+
+    name: str = "prior"
+    structure: Structure | None = None
+    estimator: Estimator = "exact"
+    strength: float = 1.0
+    discount: float = 1.0
+    exclude_memory: bool = True
+    path_damping: float = 0.1
+    gradient: Gradient = "stored"
+    memory: int | None = 0
+    total: bool = False
+    score: str = "lambda"
+    per_class: bool = True
+    descending: bool = True
+    population: bool = False
+    soft: float = 1.0
+    hard: float = 0.0
+    replay_fraction: float = 0.0
+    divergence: Divergence = field(default_factory=KL)
+    refresh: bool = True
+    kernel: Literal["gp", "identity"] | None = None
+    kernel_precision: float = 1e-3
+    jitter: float = 1e-6
+    distil: float = 0.0
+    reference: Reference | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory < 0:
+            raise ValueError(f"memory must not be negative, got {self.memory}")
+        for name in ("strength", "soft", "hard", "distil"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name in ("discount", "replay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.total and self.score not in ("random", "lambda", "residual"):
+            raise ValueError(
+                f"a total memory compares old and new examples, which score={self.score!r} "
+                "cannot; use random, lambda or residual"
+            )
+
+    @property
+    def keeps_memory(self) -> bool:
+        return self.memory is None or self.memory > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        return {**asdict(self), "divergence": named(self.divergence)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Unknown keys warn, since a newer version may have written them."""
+        found = known(cls, values)
+        return cls(**{**found, "divergence": unnamed(divergences, found["divergence"])})

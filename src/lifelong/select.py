@@ -1,0 +1,101 @@
+"""Selection: scores and k in, indices out. Pure, so that each rule can be tested by hand.
+
+FROMP's memory is ``per_class`` over the lambda scores, a random coreset is ``top_k`` over random
+keys, and reservoir sampling is the same keys kept over the whole stream: the k largest of
+independent uniform keys are a uniform sample, whatever the order in which they come. Therefore
+every rule here but ``k_centre`` can be applied to candidates and newcomers over and over.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(
+    scores: Tensor,  # (N,)
+    k: int,
+    *,
+    descending: bool = True,
+) -> Tensor:  # (min(k, N),) int64, best first
+    """Indices of the k largest (or smallest) scores; of equal ones the earlier comes first."""
+    _require_size(k)
+    return torch.sort(scores, descending=descending, stable=True).indices[:k]
+
+
+def per_class(
+    scores: Tensor,  # (N,)
+    labels: Tensor,  # (N,) int64
+    k: int,
+    *,
+    descending: bool = True,
+) -> Tensor:  # (min(k, N),) int64
+    """k indices spread evenly over the classes, the best scores of each.
+
+    Every class that occurs gets k // C places; the places that are left over, because C does not
+    divide k or a class is small, go to the best of the remaining scores.
+    """
+    _require_size(k)
+    order = top_k(scores, len(scores), descending=descending)
+    rank = _rank_within(labels[order])
+    num_classes = max(1, len(torch.unique(labels)))
+    # Those within their class's quota first, each group by score: a stable sort on one bit.
+    first = torch.sort((rank >= k // num_classes).to(torch.uint8), stable=True).indices
+    return order[first[:k]]
+
+
+def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Tensor:
+    """The indices, in ascending order, among which ``top_k`` or ``per_class`` will find theirs.
+
+    Whatever comes later, nothing else is needed, except where a class turns out so small that
+    its places go to others: for that, twice the quota and the best k of all are kept. At most
+    3 k + C indices, so a pool of candidates does not grow with the data.
+    """
+    order = top_k(scores, len(scores), descending=descending)
+    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep[order[:k]] = True
+    if labels is not None:
+        quota = 2 * -(-k // max(1, len(torch.unique(labels))))
+        keep[order[_rank_within(labels[order]) < quota]] = True
+    return keep.nonzero().squeeze(1)
+
+
+def k_centre(
+    features: Tensor,  # (N, D)
+    k: int,
+    *,
+    start: int = 0,
+) -> Tensor:  # (min(k, N),) int64, in the order of choice
+    """Greedy k-centre: each next index is the one farthest from those chosen before it.
+
+    Within a factor 2 of the smallest covering radius. Source: Gonzalez 1985; used for coresets
+    by Nguyen et al. 2018 (VCL). Cost N k D.
+    """
+    _require_size(k)
+    if len(features) == 0 or k == 0:
+        return torch.empty(0, dtype=torch.int64)
+    flat = features.flatten(1)
+    chosen = [start]
+    distance = (flat - flat[start]).square().sum(1)
+    while len(chosen) < min(k, len(flat)):
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (flat - flat[chosen[-1]]).square().sum(1))
+    return torch.tensor(chosen)
+
+
+def _rank_within(labels: Tensor) -> Tensor:
+    """For each position, how many earlier positions hold the same label."""
+    order = torch.sort(labels, stable=True).indices
+    grouped = labels[order]
+    starts = torch.ones_like(grouped, dtype=torch.bool)
+    starts[1:] = grouped[1:] != grouped[:-1]
+    position = torch.arange(len(labels))
+    first = torch.where(starts, position, 0).cummax(0).values if len(labels) else position
+    rank = torch.empty_like(position)
+    rank[order] = position - first
+    return rank
+
+
+def _require_size(k: int) -> None:
+    if k < 0:
+        raise ValueError(f"the number of examples to select must not be negative, got {k}")

@@ -1,0 +1,1 @@
+"""Tools for testing priors, curvatures and likelihoods, one's own included."""
