@@ -22,6 +22,10 @@ settings.register_profile(
 settings.load_profile("lifelong")
 
 
+# Set by pytest, and by torch when the first optimiser is made.
+_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+
+
 def _global_state() -> dict[str, Any]:
     return {
         "default dtype": torch.get_default_dtype(),
@@ -38,7 +42,7 @@ def _global_state() -> dict[str, Any]:
             if name.startswith("_global_") and hasattr(hooks, "__len__")
         },
         "working directory": Path.cwd(),
-        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "environment": {k: v for k, v in os.environ.items() if k not in _OTHERS},
     }
 
 

@@ -5,39 +5,47 @@ loss = nll.mean() + prior(model) / len(task)      # in your loop
 prior = prior.update(model, task.train)           # after each task
 """
 
-from .curvature import Dense, Diagonal, dense_curvature, diagonal_curvature
-from .data import Examples
-from .divergences import KL, Logit
-from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
-from .identify import identify
-from .learner import Learner
-from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from .memory import Memory, memorise
-from .metrics import AccuracyMatrix, evaluate
-from .models import evaluating, widen
-from .path import PathIntegral
-from .posterior import Posterior
-from .presets import (
-    der,
-    derpp,
-    ewc,
-    experience_replay,
-    finetune,
-    fromp,
-    gradient_reconstruction,
-    joint,
-    kprior,
-    lwf,
-    online_ewc,
-    online_laplace,
-    separate,
-    si,
-    weight_decay,
-)
-from .prior import Prior
-from .recipe import Recipe
-from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
-from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .curvature import Dense, Diagonal, dense_curvature, diagonal_curvature
+    from .data import Examples
+    from .divergences import KL, Logit
+    from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .identify import identify
+    from .learner import Learner
+    from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+    from .memory import Memory, memorise
+    from .metrics import AccuracyMatrix, evaluate
+    from .models import evaluating, widen
+    from .path import PathIntegral
+    from .posterior import Posterior
+    from .presets import (
+        der,
+        derpp,
+        ewc,
+        experience_replay,
+        finetune,
+        fromp,
+        gradient_reconstruction,
+        joint,
+        kprior,
+        lwf,
+        online_ewc,
+        online_laplace,
+        separate,
+        si,
+        weight_decay,
+    )
+    from .prior import Prior
+    from .recipe import Recipe
+    from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
+    from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 __version__ = "0.1.0"
 
@@ -96,3 +104,75 @@ __all__ = [
     "weight_decay",
     "widen",
 ]
+
+# The names are imported when they are first used (PEP 562), so that the command line can show its
+# help without torch, which takes seconds.
+_MODULES = {
+    "curvature": ("Dense", "Diagonal", "dense_curvature", "diagonal_curvature"),
+    "data": ("Examples",),
+    "divergences": ("KL", "Logit"),
+    "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "identify": ("identify",),
+    "learner": ("Learner",),
+    "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
+    "memory": ("Memory", "memorise"),
+    "metrics": ("AccuracyMatrix", "evaluate"),
+    "models": ("evaluating", "widen"),
+    "path": ("PathIntegral",),
+    "posterior": ("Posterior",),
+    "presets": (
+        "der",
+        "derpp",
+        "ewc",
+        "experience_replay",
+        "finetune",
+        "fromp",
+        "gradient_reconstruction",
+        "joint",
+        "kprior",
+        "lwf",
+        "online_ewc",
+        "online_laplace",
+        "separate",
+        "si",
+        "weight_decay",
+    ),
+    "prior": ("Prior",),
+    "recipe": ("Recipe",),
+    "streams": (
+        "Task",
+        "TaskStream",
+        "blurred",
+        "by_time",
+        "permuted",
+        "rotated",
+        "split_by_class",
+    ),
+    "terms": ("KernelTerm", "MemoryTerm", "Regulariser", "WeightTerm"),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """A public function goes before the module of the same name, which importing binds here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _WHERE.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

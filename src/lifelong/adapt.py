@@ -19,10 +19,10 @@ from .data import batches
 from .errors import StaleAnchorError
 from .jacobians import gradient as data_gradient
 from .memory import Memory, reference_outputs
-from .models import Params, evaluating, match, take
+from .models import Params, evaluating, match, parameters, take
 from .recall import Pass, Terms, by_head, fit_curvature, plus
 from .recipe import Recipe
-from .terms import KernelTerm, MemoryTerm, WeightTerm
+from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 NewClasses = Literal["zero", "mask"]
 
@@ -47,11 +47,16 @@ def forget(
             "path mix them; use a prior with a memory or a curvature, such as "
             "gradient_reconstruction"
         )
-    wanted = ids
-    if wanted is None and over is not None:
-        wanted = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+    given = torch.empty(0, dtype=torch.int64)
+    if over is not None:
+        given = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+    elif ids is None and task is None:
+        raise ValueError("say which examples to forget: pass data, ids or task")
+    wanted = given if ids is None and over is not None else ids
     weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
     g = None if weight is None else weight.gradient
+    if weight is not None and g is None and recipe.gradient != "none":
+        g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}  # None stood for 0
     curvature = None if weight is None else weight.curvature
     kept_terms: list[Any] = []
     gone: list[Memory] = []
@@ -61,34 +66,39 @@ def forget(
             gone.append(term.memory.drop(~which))
             term = replace(term, memory=term.memory.drop(which))
         kept_terms.append(term)
-    in_memory = torch.cat([m.origin for m in gone]) if gone else torch.empty(0, dtype=torch.int64)
+    in_memory = torch.cat([m.origin for m in gone]) if gone else given[:0]
+    if task is None and _of_several_tasks(gone):
+        raise ValueError(
+            "the memory holds these ids of several tasks; say which by task=, or give the "
+            "examples of each task ids of their own"
+        )
     if over is None and not len(in_memory):
         raise ValueError(
             "none of these examples is in memory and the data were not given; pass "
             "prior.forget(model, data) with the examples to forget"
         )
-    if over is None and ids is not None:
-        missing = ids[~torch.isin(ids, in_memory)]
+    if ids is not None:
+        missing = ids[~torch.isin(ids, torch.cat([in_memory, given]))]
         if len(missing):
             raise ValueError(
-                f"ids {missing[:10].tolist()} are not in memory; pass the data too, so that "
-                "their gradient and curvature can be taken out"
+                f"ids {missing[:10].tolist()} are neither in memory nor in the data; pass data "
+                "that hold them, so that their gradient and curvature can be taken out"
             )
+    others = given[:0] if wanted is None else given[~torch.isin(given, wanted)]
+    rest = torch.cat([in_memory, others])  # of the data, what does not leave g and G here
     with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
         for items in gone:
             for group, head in by_head(items):
-                if g is not None:  # what was replayed never had its gradient in g
-                    pair = (group.inputs, group.labels)
-                    soft = group.soft_weight
-                    g = plus(g, data_gradient(model, pair, likelihood, head=head, weights=soft), -1)
+                if g is not None:
+                    pair, w = (group.inputs, group.labels), _in_gradient(group, recipe)
+                    g = plus(g, data_gradient(model, pair, likelihood, head=head, weights=w), -1.0)
         if over is not None:
-            rest = in_memory if len(in_memory) else None
             if g is not None:
                 leaving = data_gradient(model, over.data, likelihood, head=over.head, exclude=rest)
                 g = plus(g, leaving, -1.0)
             if curvature is not None:
                 exact = "exact" if recipe.estimator == "mc" else recipe.estimator
-                excluded = rest if recipe.exclude_memory else None
+                excluded = rest if recipe.exclude_memory else others
                 leaving = fit_curvature(replace(recipe, estimator=exact), over, exclude=excluded)
                 curvature = _minus(curvature, leaving)
     changed = [
@@ -96,8 +106,24 @@ def forget(
         for t in kept_terms
     ]
     final = tuple(t for t in changed if not isinstance(t, MemoryTerm) or len(t.memory))
-    count = len(in_memory) if wanted is None or over is None else len(wanted)
-    return final, count
+    return final, len(in_memory) + int((~torch.isin(given, rest)).sum())
+
+
+def _of_several_tasks(gone: list[Memory]) -> bool:
+    """Whether one id stands for examples of more than one task."""
+    pairs = {pair for m in gone for pair in zip(m.origin.tolist(), m.task.tolist(), strict=True)}
+    return len({origin for origin, _ in pairs}) < len(pairs)
+
+
+def _in_gradient(items: Memory, recipe: Recipe) -> Tensor:
+    """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself.
+
+    A memory that was believed less since (a discount, a multiple) has a smaller sum of weights.
+    """
+    total = recipe.soft + recipe.hard
+    if recipe.population or not total:
+        return 1.0 - items.hard_weight
+    return (items.soft_weight + items.hard_weight) / total - items.hard_weight
 
 
 def _chosen(memory: Memory, task: int | None, ids: Tensor | None) -> Tensor:
@@ -160,19 +186,21 @@ def transfer(
     allow_unmatched: bool,
 ) -> Terms:
     """The terms for another model; see ``Prior.transfer``."""
-    current = dict(model.named_parameters())
-    mapping = {n: n for n in current} if names is None else dict(names)
+    current, mapping = _mapping(model, names)
     changed: list[Any] = []
     for term in terms:
         if isinstance(term, WeightTerm):
-            known = {new: old for new, old in mapping.items() if old in term.anchor}
-            lost = sorted(term.anchor.keys() - set(known.values()))
+            lost = sorted(term.anchor.keys() - set(mapping.values()))
             if lost and not allow_unmatched:
                 raise StaleAnchorError(
-                    f"no parameter of the new model stands for {lost[:5]}; map them by "
+                    f"no trained parameter of the new model stands for {lost[:5]}; map them by "
                     "parameters={new: old}, or pass allow_unmatched=True to leave them behind"
                 )
-            term = _transfer_weight(term, current, known)
+            term = _transfer_weight(term, current, mapping)
+        elif isinstance(term, Regulariser):
+            if term.mean is not None:
+                zeros = {n: torch.zeros_like(p) for n, p in current.items()}
+                term = replace(term, mean=_followed(term.mean, zeros, mapping))
         elif isinstance(term, (MemoryTerm, KernelTerm)):
             width = reference_outputs(model, take(term.memory.inputs, slice(0, 1))).shape[1]
             old = tuple(range(term.memory.reference.shape[1]))
@@ -195,64 +223,55 @@ def transfer_curvature(
     """A diagonal curvature by name, new entries 0; other structures cannot follow a change."""
     if curvature is None:
         return None
-    current = dict(model.named_parameters())
-    mapping = {n: n for n in current} if names is None else dict(names)
-    if isinstance(curvature, Diagonal):
-        return Diagonal(
-            {
-                new: _fitted(curvature.values[old], torch.zeros_like(current[new]))
-                for new, old in mapping.items()
-                if old in curvature.values
-            }
-        )
-    if isinstance(curvature, Dense):
-        return _transfer_dense(curvature, current, mapping)
-    raise ValueError(f"a {type(curvature).__name__} curvature cannot follow a change of the model")
+    return _followed_curvature(curvature, *_mapping(model, names))
 
 
-def _transfer_weight(
-    term: WeightTerm, current: Mapping[str, Tensor], known: Mapping[str, str]
-) -> WeightTerm:
-    new = {n: current[n].detach() for n in known}
-    anchor = {n: _fitted(term.anchor[old], new[n]) for n, old in known.items()}
-    gradient = term.gradient
-    if gradient is not None:
-        gradient = {n: _fitted(gradient[old], torch.zeros_like(new[n])) for n, old in known.items()}
-    curvature = term.curvature
+def _mapping(model: nn.Module, names: Mapping[str, str] | None) -> tuple[Params, Mapping[str, str]]:
+    """(the parameters that are trained, new name -> old name)."""
+    current = {n: p.detach() for n, p in parameters(model).items()}
+    return current, {n: n for n in current} if names is None else names
+
+
+def _transfer_weight(term: WeightTerm, current: Params, mapping: Mapping[str, str]) -> WeightTerm:
+    zeros = {n: torch.zeros_like(p) for n, p in current.items()}
+    gradient, curvature = term.gradient, term.curvature
+    return WeightTerm(
+        _followed(term.anchor, current, mapping),
+        None if gradient is None else _followed(gradient, zeros, mapping),
+        None if curvature is None else _followed_curvature(curvature, current, mapping),
+    )
+
+
+def _followed(old: Params, new: Params, mapping: Mapping[str, str]) -> Params:
+    """``new`` with what it shares with ``old`` copied in."""
+    return {
+        n: _fitted(old[mapping[n]], value) if mapping.get(n) in old else value.clone()
+        for n, value in new.items()
+    }
+
+
+def _followed_curvature(
+    curvature: Curvature, current: Params, mapping: Mapping[str, str]
+) -> Curvature:
+    """The entries that both models have, by name; the others 0."""
     if isinstance(curvature, Diagonal):
-        values = {
-            n: _fitted(curvature.values[old], torch.zeros_like(new[n])) for n, old in known.items()
-        }
-        curvature = Diagonal(values)
-    elif isinstance(curvature, Dense):
-        curvature = _transfer_dense(curvature, new, known)
-    elif curvature is not None:
+        zeros = Diagonal.zeros_like(current).values
+        return Diagonal(_followed(curvature.values, zeros, mapping))
+    if not isinstance(curvature, Dense):
         raise ValueError(
             f"a {type(curvature).__name__} curvature cannot follow a change of the model"
         )
-    return WeightTerm(anchor, gradient, curvature)
-
-
-def _transfer_dense(
-    curvature: Dense, current: Mapping[str, Tensor], known: Mapping[str, str]
-) -> Dense:
-    """Rows and columns of the entries that both models have; the others 0."""
-    starts, offset = {}, 0
+    positions, start = {}, 0
     for name, shape in curvature.shapes.items():
-        starts[name] = offset
-        offset += shape.numel()
-    index = []
-    for new, old in known.items():
-        if old not in starts:
-            continue
-        positions = torch.arange(curvature.shapes[old].numel()) + starts[old]
-        missing = torch.full(current[new].shape, -1, dtype=torch.int64)
-        index.append(_fitted(positions.reshape(curvature.shapes[old]), missing).flatten())
-    flat = torch.cat(index)
-    present = flat >= 0
-    block = curvature.matrix[flat.clamp(min=0)][:, flat.clamp(min=0)]
+        positions[name] = torch.arange(start, start + shape.numel()).reshape(shape)
+        start += shape.numel()
+    absent = {n: torch.full(p.shape, -1) for n, p in current.items()}
+    index = torch.cat([i.flatten() for i in _followed(positions, absent, mapping).values()])
+    index = index.to(curvature.matrix.device)
+    present, clamped = index >= 0, index.clamp(min=0)
+    block = curvature.matrix[clamped][:, clamped]
     keep = present[:, None] & present[None, :]
-    shapes = {n: current[n].shape for n, old in known.items() if old in starts}
+    shapes = {n: p.shape for n, p in current.items()}
     return Dense(torch.where(keep, block, torch.zeros_like(block)), shapes)
 
 

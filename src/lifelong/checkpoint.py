@@ -62,15 +62,21 @@ def load(path: str | Path, *, kind: str) -> Any:
         raise CheckpointError(
             f"{path} is a safetensors file, but not one that lifelong wrote; expected a {kind}"
         )
-    content = json.loads(metadata["lifelong"])
-    if content.get("version", 0) > VERSION:
+    try:
+        content = json.loads(metadata["lifelong"])
+        version, found = content["version"], content["kind"]
+        if version > VERSION:
+            raise CheckpointError(
+                f"{path} has version {version}, and this lifelong reads up to {VERSION}; "
+                "upgrade lifelong"
+            )
+        if found != kind:
+            raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
+        return _restore(content["state"], tensors)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} has version {content['version']}, and this lifelong reads up to {VERSION}; "
-            "upgrade lifelong"
-        )
-    if content.get("kind") != kind:
-        raise CheckpointError(f"{path} holds a {content.get('kind')}, expected a {kind}")
-    return _restore(content["state"], tensors)
+            f"{path} has a header that cannot be read ({error!r}); use the last good one"
+        ) from error
 
 
 def write(path: str | Path, data: bytes | str) -> None:
@@ -83,7 +89,7 @@ def write(path: str | Path, data: bytes | str) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write to {path.parent} ({error.strerror}); choose a folder that can be written",
+            f"cannot write to {path.parent} ({error.strerror}); choose another folder",
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
@@ -110,7 +116,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
+        if all(isinstance(key, str) and key not in (_TENSOR, _PAIRS) for key in value):
             return {key: _flatten(item, tensors) for key, item in value.items()}
         return {_PAIRS: [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items()]}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

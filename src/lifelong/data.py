@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from .errors import NotRepeatableError
 from .models import Inputs, rows, take
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples(Dataset):
     """Examples in memory, with the head they belong to.
 
@@ -148,11 +148,13 @@ def _read(data: Any, batch_size: int) -> Iterator[tuple[Inputs, Any, Tensor | No
                 "expected data that can be read more than once, got an iterator; "
                 "pass the dataset or the loader itself"
             )
-        for item in data:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers
+            items = iter(data)
+        for item in items:
             inputs, labels = _pair(item)
             yield inputs, labels, None
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        n = len(data)
+        n = len(data)  # type: ignore[arg-type]
         for i in range(0, n, batch_size):
             items = [data[j] for j in range(i, min(n, i + batch_size))]
             inputs, labels = _pair(default_collate(items))
@@ -179,8 +181,9 @@ def num_examples(data: Data) -> int:
     """How many examples one pass over the data gives."""
     data = as_data(data)
     if isinstance(data, DataLoader):
-        data = data.dataset
-    if hasattr(data, "__len__") and (isinstance(data, Dataset)):
+        whole = type(data.sampler) is SequentialSampler and data.batch_size and not data.drop_last
+        data = data.dataset if whole else data
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
         return len(data)  # type: ignore[arg-type]
     return sum(len(batch.labels) for batch in batches(data))
 
@@ -197,7 +200,8 @@ def require_repeatable(data: Data) -> None:
     shuffles = isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler)
     if not shuffles:
         # Few examples are enough, and an augmentation shows in the first of them.
-        first, again = (next(batches(data, batch_size=8)) for _ in range(2))
+        with torch.random.fork_rng(devices=[]):  # what an augmentation draws is given back
+            first, again = (next(batches(data, batch_size=8)) for _ in range(2))
         shuffles = not (_equal(first.inputs, again.inputs) and _equal(first.labels, again.labels))
     if shuffles:
         raise NotRepeatableError(

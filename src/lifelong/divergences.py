@@ -10,6 +10,7 @@ Sources: Khan & Swaroop 2021; Li & Hoiem 2016 (LwF); Buzzega et al. 2020 (DER).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -37,8 +38,8 @@ class KL:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
     def __call__(self, likelihood: Likelihood, f_ref: Tensor, f: Tensor) -> Tensor:
         if self.temperature == 1:

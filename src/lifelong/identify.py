@@ -38,7 +38,13 @@ def score_batch(
 ) -> Tensor:  # (B,)
     """The scores of one batch whose outputs are at hand; ``identify`` says what they mean."""
     if callable(score):
-        return score(f, batch.labels)
+        scores = score(f, batch.labels)
+        if scores.shape != (len(f),):
+            raise ValueError(
+                f"a score must give one number for each of the {len(f)} examples, "
+                f"got shape {tuple(scores.shape)}"
+            )
+        return scores
     if score == "lambda":
         return likelihood.hessian_trace(f)
     if score == "residual":

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .data import Examples
-from .errors import NonFiniteError
-from .identify import identify
+from .data import Examples, head_mask
+from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, evaluate
-from .models import forward, move, parameters, rows, snapshot
+from .models import evaluating, forward, move, parameters, require_finite, rows
 from .path import PathIntegral
 from .prior import Prior
 from .streams import Task
@@ -79,6 +78,12 @@ class Learner:
             raise ValueError(
                 f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}"
             )
+        if memory_batch_size is not None and memory_batch_size < 1:
+            raise ValueError(
+                f"memory_batch_size must be at least 1, or None for all, got {memory_batch_size}"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
         self.model, self.prior = model, prior
         self.optimizer, self.scheduler = optimizer or adam(), scheduler
         self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
@@ -95,65 +100,19 @@ class Learner:
     def fit(self, task: Task, *, on_epoch: Callable[[Progress], None] | None = None) -> None:
         """theta* = argmin of nll + prior on one task; goes on within it after a resume.
 
-        Raises NonFiniteError where the loss is NaN or infinite: the model is put back to where
-        it was when the call began.
+        Raises NonFiniteError where the loss or a weight becomes NaN or infinite, ValueError or
+        TypeError for labels outside of the head, beyond the outputs or of another type: then the
+        model, the prior and the random states are put back to where they were when the call
+        began. What ``on_epoch`` raises passes through, and the next call goes on after that epoch.
         """
-        reference = self.prior.recipe.reference
-        within, self._within = self._within, None
-        if within is None and reference is not None:
-            self.model.load_state_dict(self._initial)
-        before = copy.deepcopy(self.model.state_dict())
-        params = list(parameters(self.model).values())
-        optimizer = self.optimizer(params)
-        data = task.train
-        pool = self._pool(data) if reference == "joint" else None
-        count = len(data) if pool is None else len(pool.memory)
-        steps = self.epochs * -(-count // self.batch_size)
-        scheduler = None if self.scheduler is None else self.scheduler(optimizer, steps)
-        prior = self.prior
-        if within is None:
-            prior = self.prior = prior.prepare(self.model, data)
-        path = None
-        if prior.recipe.structure == "path":
-            path = PathIntegral(self.model, optimizer, prior, count)
-        first = 0
-        if within is not None:
-            optimizer.load_state_dict(within["optimizer"])
-            if scheduler is not None:
-                scheduler.load_state_dict(within["scheduler"])
-            if path is not None:
-                path.load_state_dict(within["path"])
-            first = within["epoch"]
-        self._path = path
-        start = time.perf_counter() - (0.0 if within is None else within["seconds"])
-        try:
-            with path if path is not None else nullcontext():
-                for epoch in range(first, self.epochs):
-                    loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
-                    seconds = time.perf_counter() - start
-                    self._within = {
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": None if scheduler is None else scheduler.state_dict(),
-                        "path": None if path is None else path.state_dict(),
-                        "epoch": epoch + 1,
-                        "seconds": seconds,
-                    }
-                    if on_epoch is not None:
-                        index = len(self.accuracy)
-                        on_epoch(Progress(index, epoch + 1, self.epochs, loss, seconds))
-        except NonFiniteError:
-            self.model.load_state_dict(before)
-            self._within = None
-            raise
-        self._within = None
-        self.seconds += time.perf_counter() - start
+        with closing(self._epochs(task)) as epochs:
+            for progress in epochs:
+                if on_epoch is not None:
+                    on_epoch(progress)
 
     def identify(self, task: Task) -> Tensor:
         """(N,) scores by the prior's recipe."""
-        score: Any = self.prior.recipe.score
-        return identify(
-            self.model, task.train, self.prior.likelihood, score=score, generator=self.generator
-        )
+        return self.prior.identify(self.model, task.train, generator=self.generator)
 
     def memorise(self, task: Task) -> Memory | None:
         """The examples of the task that the prior would keep."""
@@ -191,8 +150,11 @@ class Learner:
         """Learn every task and test on those seen so far; with ``folder``, save after each epoch.
 
         A learner that was loaded goes on where it was, and ends with the same numbers.
-        Raises ValueError where a task has no test examples.
+        Raises ValueError where a task has no test examples, OSError where the folder cannot be
+        written, and as ``fit`` and ``Prior.update``.
         """
+        if folder is not None:
+            self.save(Path(folder) / CHECKPOINT)  # a folder that cannot be written shows now
         seen: list[Task] = []
         for index, task in enumerate(stream):
             if task.test is None:
@@ -241,9 +203,29 @@ class Learner:
         return checkpoint.save(path, state, kind="learner")
 
     def load(self, path: str | Path) -> Learner:
-        """Go on from ``save``. Raises CheckpointError; then nothing was changed."""
+        """Go on from ``save``.
+
+        Raises FileNotFoundError; CheckpointError where the file cannot be read or is of another
+        model. Then nothing was changed.
+        """
         state = checkpoint.load(path, kind="learner")
-        prior = Prior.from_state_dict(state["prior"])
+        try:
+            prior = Prior.from_state_dict(state["prior"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} holds a prior that cannot be read ({error!r}); upgrade lifelong, or use "
+                "the last good one"
+            ) from error
+        saved, current = (
+            {name: getattr(value, "shape", None) for name, value in values.items()}
+            for values in (state["model"], self.model.state_dict())
+        )
+        if saved != current:
+            different = sorted(n for n in saved | current if saved.get(n) != current.get(n))
+            raise CheckpointError(
+                f"{path} is of another model: {different[:5]} differ in name or shape; build the "
+                "model as it was when it was saved"
+            )
         self.model.load_state_dict(state["model"])
         self.prior, self._initial = prior, state["initial"]
         self._finished, self.accuracy = state["finished"], state["accuracy"]
@@ -255,6 +237,81 @@ class Learner:
     # ---------------------------------------------------------------- inside
 
     _path: PathIntegral | None = None
+
+    def _epochs(self, task: Task) -> Generator[Progress]:
+        """Train epoch by epoch; whatever goes wrong here, and not in the caller, is undone."""
+        undo, data, within = self._undo(), task.train, self._within
+        try:
+            self._require_labels(data)
+            reference = self.prior.recipe.reference
+            if within is None:
+                if reference is not None:
+                    self.model.load_state_dict(self._initial)
+                self.prior = self.prior.prepare(self.model, data)
+            prior = self.prior
+            params = list(parameters(self.model).values())
+            pool = self._pool(data) if reference == "joint" else None
+            count = len(data) if pool is None else len(pool.memory)
+            optimizer = self.optimizer(params)
+            steps = self.epochs * -(-count // self.batch_size)
+            scheduler = None if self.scheduler is None else self.scheduler(optimizer, steps)
+            path = None
+            if prior.recipe.structure == "path":
+                path = PathIntegral(self.model, optimizer, prior, count)
+            self._path = path
+            first, start = 0, time.perf_counter()
+            if within is not None:
+                # An optimiser goes on in the tensors that it is given.
+                optimizer.load_state_dict(copy.deepcopy(within["optimizer"]))
+                if scheduler is not None:
+                    scheduler.load_state_dict(within["scheduler"])
+                if path is not None:
+                    path.load_state_dict(within["path"])
+                first, start = within["epoch"], start - within["seconds"]
+            with path if path is not None else nullcontext():
+                for epoch in range(first, self.epochs):
+                    loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
+                    seconds = time.perf_counter() - start
+                    self._within = {
+                        "optimizer": optimizer.state_dict(),
+                        "scheduler": None if scheduler is None else scheduler.state_dict(),
+                        "path": None if path is None else path.state_dict(),
+                        "epoch": epoch + 1,
+                        "seconds": seconds,
+                    }
+                    yield Progress(len(self.accuracy), epoch + 1, self.epochs, loss, seconds)
+        except Exception:
+            undo()
+            raise
+        self._within = None
+        self.seconds += time.perf_counter() - start
+
+    def _undo(self) -> Callable[[], None]:
+        """What puts everything that ``fit`` changes back to where it is now."""
+        state = copy.deepcopy(self.model.state_dict())
+        modes = [(module, module.training) for module in self.model.modules()]
+        prior, within, path = self.prior, self._within, self._path
+        random, global_random = self.generator.get_state(), torch.get_rng_state()
+
+        def undo() -> None:
+            self.model.load_state_dict(state)
+            for module, training in modes:
+                module.training = training
+            self.prior, self._within, self._path = prior, within, path
+            self.generator.set_state(random)
+            torch.set_rng_state(global_random)
+
+        return undo
+
+    def _require_labels(self, data: Examples) -> None:
+        """All labels are ones that the model can learn; told before the first step."""
+        f, labels = self._output_of_one(data), move(data.labels, self._device)
+        mask = head_mask(data.head, f.shape[1], f.device)
+        self.prior.likelihood.validate(f.expand(len(labels), -1), labels, mask)
+
+    def _output_of_one(self, data: Examples) -> Tensor:
+        with evaluating(self.model), torch.no_grad():
+            return forward(self.model, move(data.batch(slice(0, 1)).inputs, self._device))
 
     def _epoch(
         self,
@@ -303,6 +360,8 @@ class Learner:
             if scheduler is not None:
                 scheduler.step()
             total += loss.item() * len(index)
+        for name, p in parameters(self.model).items():  # a gradient can overflow where no loss does
+            require_finite(p, f"the parameter {name}")
         return total / count
 
     def _precision(self, device: torch.device) -> Any:
@@ -311,9 +370,7 @@ class Learner:
     def _pool(self, data: Examples) -> MemoryTerm:
         """All examples so far, each under its own head: what joint training trains on."""
         batch = data.batch(slice(None))
-        with torch.no_grad():
-            width = forward(self.model, move(data.batch(slice(0, 1)).inputs, self._device)).shape[1]
-        blank = torch.zeros(rows(batch.inputs), width)
+        blank = torch.zeros(rows(batch.inputs), self._output_of_one(data).shape[1])
         items = remember(batch, blank, head=data.head).weighted(0.0, 1.0)
         old = self.prior.memory
         return MemoryTerm(items if old is None else old.add(items))
@@ -326,13 +383,11 @@ class Learner:
         test = task.test
         if test is None:
             raise ValueError(f"task {task.name!r} has no test examples")
-        if not self._finished:
-            return evaluate(self.model, test, self.prior.likelihood).accuracy
-        present = snapshot(self.model.state_dict())
-        self.model.load_state_dict(self._finished[index])
-        accuracy = evaluate(self.model, test, self.prior.likelihood).accuracy
-        self.model.load_state_dict(present)
-        return accuracy
+        model = self.model
+        if self._finished:
+            model = copy.deepcopy(model)
+            model.load_state_dict(self._finished[index])
+        return evaluate(model, test, self.prior.likelihood).accuracy
 
 
 CHECKPOINT = "learner.safetensors"

@@ -148,6 +148,13 @@ class Categorical:
                     f"got {y.dtype} of shape {tuple(y.shape)}"
                 )
             _finite_labels(y)
+            if y.numel() and (y.min() < 0 or ((y.sum(-1) - 1).abs() > 1e-2).any()):
+                raise ValueError("soft labels must be probabilities: not negative, rows of sum 1")
+            if mask is not None and bool((y.masked_fill(mask, 0) != 0).any()):
+                raise ValueError(
+                    "soft labels lie outside of the head given for these examples; "
+                    "pass the head that holds them"
+                )
             return
         if y.shape != f.shape[:1]:
             raise ValueError(
@@ -167,7 +174,7 @@ class Categorical:
                 f"(classes 0 to {f.shape[1] - 1}); grow the head or relabel the data"
             )
         if mask is not None:
-            inside = mask.expand(f.shape).gather(1, y.unsqueeze(1)).squeeze(1)
+            inside = mask[y] if mask.ndim == 1 else mask.gather(1, y.unsqueeze(1)).squeeze(1)
             if not bool(inside.all()):
                 outside = sorted(set(y[~inside].tolist()))
                 raise ValueError(

@@ -24,7 +24,7 @@ from .likelihoods import Likelihood
 from .models import Inputs, Params, concat, evaluating, forward, move, nbytes, rows, take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """M remembered examples. Frozen: every change makes a new one.
 
@@ -101,15 +101,24 @@ class Memory:
         Stratified: the items in order are cut into n equal stretches and one is drawn from each,
         so a draw is spread evenly over tasks and classes. Cost n, whatever the size of memory.
         """
+        index = self._drawn(n, generator)
+        return self if index is None else self[index].scaled(len(self) / len(index))
+
+    def sample(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
+        """As ``draw``, but each column is copied only when it is asked for."""
+        index = self._drawn(n, generator)
+        return self if index is None else Sample(self, index)
+
+    def _drawn(self, n: int | None, generator: torch.Generator | None) -> Tensor | None:
+        """(n,) int64; None for all."""
         m = len(self)
         if n is None or n >= m:
-            return self
+            return None
         if n < 1:
             raise ValueError(f"a memory batch needs at least one item, got batch_size={n}")
-        device = self.labels.device
-        u = torch.rand(n, generator=generator, dtype=torch.float64).to(device)
-        index = ((torch.arange(n, device=device) + u) * (m / n)).long().clamp_(max=m - 1)
-        return self[index].scaled(m / n)
+        # Of n m places, stretch i holds m from i m on, and each item n of all: exact in integers.
+        places = torch.arange(0, n * m, m) + torch.randint(m, (n,), generator=generator)
+        return places.div_(n, rounding_mode="floor").to(self.labels.device)
 
     def scaled(self, factor: float) -> Memory:
         """The same items, believed ``factor`` times as much."""
@@ -139,6 +148,48 @@ class Memory:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Memory:
         heads = tuple(None if h is None else tuple(h) for h in state["heads"])
         return cls(**{name: state[name] for name in _ROWS}, heads=heads)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The rows ``index`` of a memory as a loss needs them: of eight columns it reads three or four.
+
+    soft_weight and hard_weight are scaled so that weighted sums are unbiased for all of memory.
+    """
+
+    memory: Memory
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        return take(self.memory.inputs, self.index)
+
+    @property
+    def labels(self) -> Tensor:
+        return self.memory.labels.index_select(0, self.index)
+
+    @property
+    def reference(self) -> Tensor:
+        return self.memory.reference.index_select(0, self.index)
+
+    @property
+    def head(self) -> Tensor:
+        return self.memory.head.index_select(0, self.index)
+
+    @property
+    def soft_weight(self) -> Tensor:
+        return self.memory.soft_weight.index_select(0, self.index) * self._scale
+
+    @property
+    def hard_weight(self) -> Tensor:
+        return self.memory.hard_weight.index_select(0, self.index) * self._scale
+
+    @property
+    def _scale(self) -> float:
+        return len(self.memory) / len(self.index)
 
 
 _ROWS = tuple(field.name for field in fields(Memory) if field.name != "heads")
@@ -205,7 +256,7 @@ def memorise(
         ids = _k_centre_ids(model, data, size, batch_size)
     if ids is None and size is not None:
         available = num_examples(data)
-        if size > available:
+        if size > available > 0:  # of no data at all ``batches`` tells
             raise ValueError(
                 f"a memory of {size} examples was asked for, but the task has {available}; "
                 f"pass memory={available} or less"
@@ -257,7 +308,7 @@ def memorise(
     return pool[chosen[torch.sort(labels[chosen], stable=True).indices]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pass:
     """One pass over data: (batch, outputs before the mask, mask) in eval mode, checked."""
 

@@ -7,6 +7,7 @@ Laplace's method at a minimum: precision = curvature of the data + prior precisi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,11 +17,11 @@ from .likelihoods import Likelihood
 from .models import Params, parameters, snapshot
 from .prior import Prior
 from .recall import Pass, fit_curvature, variance
-from .recipe import Estimator, Recipe, Structure
+from .recipe import Estimator, Recipe
 from .terms import Regulariser, WeightTerm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Posterior:
     """N(mean, (curvature + prior_precision I)⁻¹), in nats of the data that curvature sums over.
 
@@ -46,13 +47,18 @@ class Posterior:
         likelihood: Likelihood,
         *,
         prior_precision: float,
-        structure: Structure = "diagonal",
+        structure: Literal["diagonal", "dense"] = "diagonal",
         estimator: Estimator = "exact",
         head: Head | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Posterior:
-        """Laplace's method at the model's present weights; raises as ``diagonal_curvature``."""
+        """Laplace's method at the model's present weights.
+
+        Raises ValueError for another structure; else as ``diagonal_curvature``.
+        """
+        if structure not in ("diagonal", "dense"):
+            raise ValueError(f"structure must be 'diagonal' or 'dense', got {structure!r}")
         recipe = Recipe(structure=structure, estimator=estimator)
         over = Pass(model, data, likelihood, head, generator, batch_size)
         return cls(snapshot(parameters(model)), fit_curvature(recipe, over), prior_precision)
@@ -89,7 +95,7 @@ class Posterior:
 
     def as_prior(self, likelihood: Likelihood) -> Prior:
         """-log N(theta; mean, precision⁻¹) up to a constant: online Laplace's prior."""
-        structure: Structure = "dense" if isinstance(self.curvature, Dense) else "diagonal"
+        structure = "dense" if isinstance(self.curvature, Dense) else "diagonal"
         recipe = Recipe("online_laplace", structure=structure, gradient="anchored")
         pulled = {n: -self.prior_precision * m for n, m in self.mean.items()}
         terms = (Regulariser(self.prior_precision), WeightTerm(self.mean, pulled, self.curvature))

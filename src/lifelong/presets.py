@@ -16,7 +16,7 @@ from typing import Literal
 from .divergences import KL, Logit
 from .likelihoods import Likelihood
 from .prior import Prior
-from .recipe import Estimator, Gradient, Recipe
+from .recipe import Estimator, Gradient, Recipe, require_strength
 from .terms import Regulariser
 
 
@@ -54,6 +54,8 @@ def ewc(
     over all labels by default, not the square of a mini-batch's mean gradient, so ``strength`` does
     not change with the batch size; outputs outside of a task's head have exactly none.
     """
+    if not online and discount != 1:
+        raise ValueError("discount belongs to online EWC; pass online=True or leave it at 1")
     gradient: Gradient = "anchored" if online else "carried"
     recipe = Recipe(
         "ewc",
@@ -63,8 +65,6 @@ def ewc(
         discount=discount if online else 1.0,
         gradient=gradient,
     )
-    if not online and discount != 1:
-        raise ValueError("discount belongs to online EWC; pass online=True or leave it at 1")
     return _prior(likelihood, recipe, precision)
 
 
@@ -102,9 +102,9 @@ def si(
 ) -> Prior:
     r"""Synaptic intelligence (Zenke 2017): strength · sum_j Omega_j d_j², Omega from the path.
 
-    ``strength`` is the paper's c, ``damping`` its xi. Needs a ``PathIntegral`` round the training
-    (the learner makes one). Departs from the released code: Omega is clipped at 0, since the term
-    would not be bounded below otherwise.
+    ``strength`` is the paper's c where tasks are equally large, ``damping`` its xi. Needs a
+    ``PathIntegral`` round the training (the learner makes one). Departs from the released code:
+    Omega is clipped at 0, since the term would not be bounded below otherwise.
     """
     recipe = Recipe(
         "si", structure="path", strength=strength, path_damping=damping, gradient="anchored"
@@ -130,6 +130,7 @@ def kprior(
     examples instead of for itself. Departs from the released code: any likelihood, soft labels
     detached, strength in nats.
     """
+    require_strength("strength", strength)
     recipe = Recipe(
         "kprior",
         gradient="stationary",
@@ -165,6 +166,7 @@ def fromp(
     Jacobian for each class and task; jitter is never below the rounding error of K; the places
     that classes leave over are filled.
     """
+    require_strength("strength", strength)
     recipe = Recipe(
         "fromp",
         structure="diagonal" if kernel == "gp" else None,
@@ -238,6 +240,7 @@ def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2
     Call ``prior = prior.prepare(model, data)`` before each task (the learner does). Departs from
     the paper: one softmax over all old classes instead of one for each old head.
     """
+    require_strength("strength", strength)
     recipe = Recipe(
         "lwf", gradient="none", distil=strength, divergence=KL(temperature, rescale=True)
     )
@@ -258,6 +261,7 @@ def experience_replay(
     total=False keeps that many of each task. Departs from online replay: the reservoir is drawn
     once a task has been learned, with the same law.
     """
+    require_strength("strength", strength)
     recipe = Recipe(
         "experience_replay",
         gradient="none",
@@ -278,8 +282,9 @@ def der(
     r"""Dark experience replay (Buzzega 2020): alpha · (N / M) sum_memory ½ ‖f - f*‖².
 
     f* are the logits when an example was memorised, never refreshed; memory as in
-    ``experience_replay``. The paper's alpha multiplies a mean over C logits without the ½, so
-    alpha here = 2 alpha_paper / C. Departs from it: f* is taken after the task, not in passing.
+    ``experience_replay``. The paper's alpha multiplies a mean over items and C logits without the
+    ½, beside a mean loss, so alpha here = 2 alpha_paper / C · N_new / N, with N_new the size of the
+    new task. Departs from it: f* is taken after the task, not in passing.
     """
     return derpp(likelihood, memory=memory, alpha=alpha, beta=0.0, total=total)
 
@@ -296,6 +301,8 @@ def derpp(
 
     Both parts share one forward pass over the same items; the paper draws two batches.
     """
+    require_strength("alpha", alpha)
+    require_strength("beta", beta)
     recipe = Recipe(
         "derpp" if beta else "der",
         gradient="none",

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,10 +33,12 @@ from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
 from .errors import StaleAnchorError
-from .likelihoods import Likelihood
+from .identify import identify
+from .likelihoods import Bernoulli, Categorical, Likelihood
 from .memory import Memory, memorise
 from .models import (
     Inputs,
+    Params,
     concat,
     evaluating,
     forward,
@@ -48,11 +52,20 @@ from .named import named, unnamed
 from .path import PathIntegral
 from .recall import Pass, Terms
 from .recipe import Recipe
-from .terms import Block, KernelTerm, MemoryTerm, Regulariser, WeightTerm, kernel_term
+from .terms import (
+    Block,
+    KernelTerm,
+    MemoryTerm,
+    Regulariser,
+    WeightSpaceTerm,
+    WeightTerm,
+    complete,
+    kernel_term,
+)
 from .terms import to as move_term
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prior:
     """A sum of terms in nats, and the recipe that remakes them.
 
@@ -62,7 +75,7 @@ class Prior:
     """
 
     likelihood: Likelihood
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     terms: Terms = ()
     curvature: Curvature | None = None
     num_data: int = 0
@@ -107,6 +120,8 @@ class Prior:
         The same as ``nll.mean() + prior(model, ...) / num_data``, with new data and memory in one
         batch. A model with modules that act differently in training (dropout, batch
         normalisation) takes two passes, so that the memory is still read in eval mode.
+        Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
+        another type; StaleAnchorError as calling the prior does.
         """
         drawn, n = self._draw(batch_size, generator), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
@@ -119,6 +134,8 @@ class Prior:
             f_new, f_old = forward(model, concat([inputs, *remembered])).tensor_split([n])
         f_new = _at_least_float32(f_new)
         mask = head_mask(head, f_new.shape[1], f_new.device)
+        if labels.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.likelihood.validate(f_new.detach(), labels, mask)
         nll = self.likelihood.nll(self.likelihood.mask(f_new, mask), labels).mean()
         past = self._weight_space(model)
         if drawn:
@@ -126,11 +143,16 @@ class Prior:
         return nll + past / num_data
 
     def _weight_space(self, model: nn.Module) -> Tensor:
-        values = [t(model) for t in self.terms if isinstance(t, (Regulariser, WeightTerm))]
-        if not values:
-            first = next(model.parameters())
-            return torch.zeros((), dtype=first.dtype, device=first.device)
-        return sum(values[1:], start=values[0])
+        first = next(model.parameters())
+        with _full_precision(first.device):
+            values = [term(model) for term in self._weight_space_terms]
+            if not values:
+                return torch.zeros((), dtype=first.dtype, device=first.device)
+            return sum(values[1:], start=values[0])
+
+    @cached_property
+    def _weight_space_terms(self) -> list[WeightSpaceTerm]:
+        return complete(self.terms)
 
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, (MemoryTerm, KernelTerm)) and len(t.memory)]
@@ -138,12 +160,20 @@ class Prior:
 
     def _function_space(self, f: Tensor, drawn: list[tuple[Any, Any]]) -> Tensor:
         f = _at_least_float32(f)
+        for term, _ in drawn:
+            known = term.memory.reference.shape[1]
+            if f.shape[1] != known:
+                raise StaleAnchorError(
+                    f"the model has {f.shape[1]} outputs, and the memory holds beliefs about "
+                    f"{known}; for a head that grew call prior.grow(model)"
+                )
         parts = f.split([rows(sample.inputs) for _, sample in drawn])
-        values = [
-            term.value(part, sample, self.likelihood)
-            for (term, sample), part in zip(drawn, parts, strict=True)
-        ]
-        return sum(values[1:], start=values[0])
+        with _full_precision(f.device):
+            values: list[Tensor] = [
+                term.value(part, sample, self.likelihood)
+                for (term, sample), part in zip(drawn, parts, strict=True)
+            ]
+            return sum(values[1:], start=values[0])
 
     # ---------------------------------------------------------------- parts
 
@@ -181,9 +211,11 @@ class Prior:
                 f"cannot add a prior of {self.likelihood} to one of {other.likelihood}: "
                 "the same outputs must mean the same"
             )
+        curvatures = [c for c in (self.curvature, other.curvature) if c is not None]
         return replace(
             self,
             terms=self.terms + other.terms,
+            curvature=sum(curvatures[1:], start=curvatures[0]) if curvatures else None,
             num_data=self.num_data + other.num_data,
             num_tasks=self.num_tasks + other.num_tasks,
             heads=tuple(dict.fromkeys((*self.heads, *other.heads))),
@@ -236,6 +268,7 @@ class Prior:
         head or there are no data; NotRepeatableError for a shuffled or augmented loader;
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
+        self._require_anchor(model)  # before anything is drawn
         items = self.memorise(model, data, head=head, generator=generator, batch_size=batch_size)
         return self.recall(
             model,
@@ -243,6 +276,28 @@ class Prior:
             items,
             head=head,
             path=path,
+            generator=generator,
+            batch_size=batch_size,
+        )
+
+    def identify(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        head: Head | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Tensor:
+        """(N,) the recipe's score of each example; raises as ``lifelong.identify``."""
+        require_repeatable(data)
+        return identify(
+            model,
+            data,
+            self.likelihood,
+            score=self.recipe.score,  # type: ignore[arg-type]
+            head=head,
+            variance=self._score_variance(model, data, head, generator, batch_size),
             generator=generator,
             batch_size=batch_size,
         )
@@ -265,9 +320,7 @@ class Prior:
         size = recipe.memory
         if recipe.total and size is not None:
             size = min(size, available)
-        variance = None
-        if recipe.score == "leverage":
-            variance = self._leverage_variance(model, data, head, generator, batch_size)
+        variance = self._score_variance(model, data, head, generator, batch_size)
         items = memorise(
             model,
             data,
@@ -315,7 +368,9 @@ class Prior:
         if old is not None and recipe.refresh and not recipe.kernel:
             old = old.refresh(model)
         new = num_examples(data)
-        held, evicted = recall.merge(
+        if new == 0:
+            raise ValueError("the data hold no examples; pass a task with at least one")
+        held, kept, evicted = recall.merge(
             old, items, recipe, self.num_data, new, self.likelihood, generator
         )
         over = Pass(model, data, self.likelihood, head, generator, batch_size)
@@ -325,14 +380,15 @@ class Prior:
                 recipe,
                 over,
                 extra=past.curvature,
-                items=items,
+                kept=kept,
                 evicted=evicted,
                 path=path,
             )
-            g = recall.gradient(past.terms, recipe, over, items=items, held=held)
+            g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
         terms: list[Any] = [t for t in past.terms if isinstance(t, Regulariser)]
         in_weights = None if recipe.kernel else curvature
-        if g is not None or in_weights is not None or recipe.distil:
+        # A gradient of 0 has an anchor too: what is forgotten later is taken out of it there.
+        if recipe.gradient != "none" or in_weights is not None or recipe.distil:
             terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights))
         if held is not None and len(held):
             terms.append(self._memory_term(model, held, curvature))
@@ -367,28 +423,36 @@ class Prior:
         """The model is the one that the prior knows, and its weights are numbers."""
         params = parameters(model)
         for term in self.terms:
-            if isinstance(term, WeightTerm) and term.anchor.keys() != params.keys():
-                match(model, term.anchor)
+            if not isinstance(term, WeightTerm):
+                continue
+            match(model, term.anchor)
+            unknown, frozen = params.keys() - term.anchor.keys(), term.anchor.keys() - params.keys()
+            if unknown:
                 raise StaleAnchorError(
                     "the model has trainable parameters that the prior does not know: "
-                    f"{sorted(params.keys() - term.anchor.keys())[:5]}; freeze them, or call "
-                    "prior.grow(model)"
+                    f"{sorted(unknown)[:5]}; freeze them, or call prior.grow(model)"
                 )
-            if isinstance(term, WeightTerm):
-                match(model, term.anchor)
+            if frozen:
+                raise StaleAnchorError(
+                    f"parameters that the prior knows are frozen now: {sorted(frozen)[:5]}; set "
+                    "their requires_grad, or call prior.transfer(model, allow_unmatched=True)"
+                )
         for name, p in params.items():
             require_finite(p, f"the parameter {name}")
 
-    def _leverage_variance(
+    def _score_variance(
         self,
         model: nn.Module,
         data: Data,
         head: Head | None,
         generator: torch.Generator | None,
         batch_size: int,
-    ) -> dict[str, Tensor]:
+    ) -> Params | None:
+        """Sigma, where the score needs it."""
+        if self.recipe.score != "leverage":
+            return None
         with evaluating(model):
-            new: Curvature = diagonal_curvature(
+            new = diagonal_curvature(
                 model,
                 data,
                 self.likelihood,
@@ -399,7 +463,7 @@ class Prior:
         old = recall.total_curvature(self.terms, self.curvature)
         precision = self.regulariser.precision if self.regulariser is not None else 0.0
         precision = max(precision, self.recipe.kernel_precision)
-        return recall.variance(new if old is None else new + old, precision)
+        return recall.variance(new if old is None else old + new, precision)
 
     # ---------------------------------------------------------------- change
 
@@ -435,15 +499,23 @@ class Prior:
         data: the examples, read again, with the ids they had. Those in memory are dropped, and
         their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
         which is unbounded below). task, ids: which ones; enough where all are in memory.
+        With both data and ids, only those of the data that have one of the ids are taken out.
         The model's weights are set to the anchor meanwhile, and restored.
 
-        Raises ValueError for examples that are neither given nor remembered, for priors that mix
-        their examples (kernels, path integrals), and where G would turn indefinite.
+        Raises ValueError for examples that are neither given nor remembered, for ids that are
+        remembered of several tasks where ``task`` does not say which, for priors that mix their
+        examples (kernels, path integrals) or their anchors (sums), and where G would turn
+        indefinite.
         """
         over = None
         if data is not None:
             require_repeatable(data)
             over = Pass(model, data, self.likelihood, head_of(data, head), None, batch_size)
+        if sum(isinstance(t, WeightTerm) for t in self.terms) > 1:
+            raise ValueError(
+                "a sum of priors has several anchors, so nothing tells where these examples were "
+                "learned; forget from each prior before adding them"
+            )
         terms, count = adapt.forget(
             self.terms,
             self.recipe,
@@ -466,14 +538,16 @@ class Prior:
         """The same past for another model.
 
         Memory terms move unchanged. g, G and the anchor follow by name: ``parameters`` maps the
-        new model's names to the prior's (by default equal names). A parameter may hold fewer or
-        more entries along any dimension: the common leading block is kept, and new entries start
-        with their present value as the anchor, without gradient or curvature.
+        new model's names to the prior's (by default equal names), among the parameters that are
+        trained. One may hold fewer or more entries along any dimension: the common leading block
+        is kept. New entries, and new parameters, start with their present value as the anchor,
+        without gradient or curvature.
         new_classes: what a remembered soft label says of outputs that it never saw: "zero"
         probability, or "mask": nothing.
 
         Raises StaleAnchorError where names or dimensions do not match, unless
-        ``allow_unmatched``; ValueError for logits matched by squares (DER) with "zero".
+        ``allow_unmatched``; ValueError for logits matched by squares (DER) with "zero", and for
+        outputs that are no classes, which cannot be added to remembered ones.
         """
         grows = new_classes == "zero" and any(
             isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in self.terms
@@ -489,6 +563,12 @@ class Prior:
             raise ValueError(
                 "a logit has no value that means probability 0, so squared logits cannot say "
                 "that of a new class; pass new_classes='mask'"
+            )
+        labels_grew = terms_width(terms) != terms_width(self.terms)
+        if labels_grew and not isinstance(self.likelihood, (Categorical, Bernoulli)):
+            raise ValueError(
+                f"remembered {type(self.likelihood).__name__} outputs have no value that says "
+                "nothing of a new output; keep the number of outputs, or start a fresh prior"
             )
         curvature = adapt.transfer_curvature(self.curvature, model, parameters)
         return replace(self, terms=terms, curvature=curvature)
@@ -599,13 +679,28 @@ def _union(heads: tuple[Head | None, ...]) -> Head | None:
 
 
 def _mode_matters(model: nn.Module) -> bool:
-    """Whether some module in training mode acts otherwise than in eval mode."""
-    return model.training and any(
-        m.training and isinstance(m, _MODAL) and getattr(m, "p", 1.0) != 0 for m in model.modules()
+    """Whether some module in training mode may act otherwise than in eval mode."""
+    return any(m.training and _acts_in_training(m) for m in model.modules())
+
+
+def _acts_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    # Attention and recurrent layers keep their dropout as a number.
+    return isinstance(module, _MODAL) or any(
+        "drop" in name and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
     )
 
 
-_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_MODAL = (nn.modules.batchnorm._NormBase, nn.RReLU)  # instance normalisation is a _NormBase too
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is for the model: an inverse kernel or an anchor has no digits to lose."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _at_least_float32(f: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 Terms = tuple[Regulariser | WeightTerm | MemoryTerm | KernelTerm, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """One pass over new data at the learned weights: what every part below needs.
 
@@ -47,6 +48,15 @@ class Pass:
 # -------------------------------------------------------------------- memory
 
 
+class Merged(NamedTuple):
+    """held: the memory from now on, old items first; new: those of it that are of the new task;
+    evicted: the old items that had to leave. Each None where there are none."""
+
+    held: Memory | None
+    new: Memory | None
+    evicted: Memory | None
+
+
 def merge(
     old: Memory | None,
     items: Memory | None,
@@ -55,22 +65,28 @@ def merge(
     new: int,
     likelihood: Likelihood,
     generator: torch.Generator | None = None,
-) -> tuple[Memory | None, Memory | None]:
-    """(the memory that is kept, the old items that had to leave).
+) -> Merged:
+    """The old memory and the new items, within the recipe's bounds.
 
     seen, new: how many examples came before and with this task: a total memory that is a
     reservoir holds each of them with the same probability.
     """
+    evicted, survivors = None, 0 if old is None else len(old)
     if items is None or old is None:
-        merged, evicted = (items if old is None else old), None
+        held = items if old is None else old
     elif recipe.total and recipe.memory is not None:
-        merged, evicted = _bounded(old, items, recipe, seen, new, likelihood, generator)
+        held, evicted = _bounded(old, items, recipe, seen, new, likelihood, generator)
+        survivors -= len(evicted)
     else:
-        merged, evicted = old.add(items), None
-    if merged is not None and recipe.total and recipe.population:
-        each = (seen + new) / len(merged)
-        merged = merged.weighted(recipe.soft * each, recipe.hard * each)
-    return merged, evicted
+        held = old.add(items)
+    if held is not None and recipe.total and recipe.population:
+        each = (seen + new) / len(held)
+        held = held.weighted(recipe.soft * each, recipe.hard * each)
+    return Merged(
+        held,
+        held[survivors:] if held is not None and len(held) > survivors else None,
+        evicted if evicted is not None and len(evicted) else None,
+    )
 
 
 def _bounded(
@@ -128,14 +144,18 @@ def curvature(
     over: Pass,
     *,
     extra: Curvature | None = None,
-    items: Memory | None = None,
+    kept: Memory | None = None,
     evicted: Memory | None = None,
     path: PathIntegral | None = None,
 ) -> Curvature | None:
-    """G of the examples that the weight term stands for; ``extra`` is what the kernels held."""
-    if recipe.structure is None:
-        return None
+    """G of the examples that the weight term stands for.
+
+    extra: what the kernels held; kept: the new items; evicted: the old ones that had to leave,
+    whose curvature G carries from now on.
+    """
     old = total_curvature(terms, extra)
+    if recipe.structure is None:
+        return old
     if recipe.structure == "path":
         if path is None:
             raise ValueError(
@@ -147,17 +167,25 @@ def curvature(
         return new if old is None else old + new
     # FROMP's covariance is of all data: there the curvature is not a term of the sum.
     leaves_out = recipe.exclude_memory and not recipe.kernel
-    excluded = items.origin if items is not None and leaves_out else None
+    excluded = kept.origin if kept is not None and leaves_out else None
     new = fit_curvature(recipe, over, exclude=excluded)
     if evicted is not None and leaves_out:
         for group, head in by_head(evicted):
-            pair = (group.inputs, group.labels)
-            new = new + fit_curvature(recipe, replace(over, data=pair, head=head))
+            pair, w = (group.inputs, group.labels), group.soft_weight + group.hard_weight
+            stood_for = None if recipe.population else w  # less than 1 where it was discounted
+            of_group = replace(over, data=pair, head=head)
+            new = new + fit_curvature(recipe, of_group, weights=stood_for)
     return new if old is None else old + new
 
 
-def fit_curvature(recipe: Recipe, over: Pass, *, exclude: Tensor | None = None) -> Curvature:
-    """strength · sum_i J*ᵀ H J* over one pass, in the recipe's structure."""
+def fit_curvature(
+    recipe: Recipe,
+    over: Pass,
+    *,
+    weights: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> Curvature:
+    """strength · sum_i w_i J*ᵀ H J* over one pass, in the recipe's structure."""
     fit = dense_curvature if recipe.structure == "dense" else diagonal_curvature
     new = fit(
         over.model,
@@ -165,6 +193,7 @@ def fit_curvature(recipe: Recipe, over: Pass, *, exclude: Tensor | None = None) 
         over.likelihood,
         estimator=recipe.estimator,
         head=over.head,
+        weights=weights,
         exclude=exclude,
         generator=over.generator,
         batch_size=over.batch_size,
@@ -196,19 +225,24 @@ def gradient(
     recipe: Recipe,
     over: Pass,
     *,
-    items: Memory | None = None,
     held: Memory | None = None,
+    kept: Memory | None = None,
 ) -> Params | None:
     """g at the present weights, by the recipe's choice (``Recipe.gradient``); None for 0.
 
-    items: the new memory; held: all of it.
+    held: the memory from now on; kept: the part of it that is new. "stored" is what the past
+    terms and the new data say here, less what the memory goes on saying by itself.
     """
     if recipe.gradient == "none":
         return None
     params = parameters(over.model)
     g = {n: torch.zeros_like(p) for n, p in params.items()}
     if recipe.gradient in ("stored", "carried"):
-        g = plus(g, _carried(terms, over))
+        for term in terms:
+            if isinstance(term, WeightTerm):
+                g = plus(g, term.slope(params))
+            elif isinstance(term, MemoryTerm):
+                g = plus(g, _memory_slope(term, over))
         if recipe.gradient == "stored":
             new = data_gradient(
                 over.model,
@@ -218,34 +252,23 @@ def gradient(
                 batch_size=over.batch_size,
             )
             g = plus(g, new)
-            if items is not None:  # replay carries its own gradient
-                g = plus(g, replay_slope(items, over), -1.0)
-        return g
+        elif kept is not None:
+            g = plus(g, _own_slope(kept, recipe, over))
+        return g if held is None else plus(g, _own_slope(held, recipe, over), -1.0)
     for term in terms:
         if isinstance(term, Regulariser) and term.precision:
             g = plus(g, term.gradient(params), -1.0)
     if recipe.gradient == "stationary" and held is not None:
-        g = plus(g, replay_slope(held, over), -1.0)
+        g = plus(g, _own_slope(held, recipe, over), -1.0)
     return g if any(bool(v.any()) for v in g.values()) else None
 
 
-def _carried(terms: Terms, over: Pass) -> Params:
-    """The gradient of weight and function terms at the present weights."""
-    params = parameters(over.model)
-    g = {n: torch.zeros_like(p) for n, p in params.items()}
-    for term in terms:
-        if isinstance(term, WeightTerm):
-            g = plus(g, term.slope(params))
-        elif isinstance(term, MemoryTerm) and term.has_soft:
-            soft = term.memory.weighted(term.memory.soft_weight, 0.0)
-            g = plus(g, _memory_slope(replace(term, memory=soft), over))
-    return g
-
-
-def replay_slope(items: Memory, over: Pass) -> Params:
-    """The gradient of the true-label part of a memory at the present weights."""
-    hard = items.weighted(0.0, items.hard_weight)
-    return _memory_slope(MemoryTerm(hard), over)
+def _own_slope(memory: Memory, recipe: Recipe, over: Pass) -> Params:
+    """The gradient that a memory carries itself: of its true labels, and of soft labels that were
+    not refreshed; fresh ones are flat."""
+    soft = 0.0 if recipe.refresh else memory.soft_weight
+    items = memory.weighted(soft, memory.hard_weight)
+    return _memory_slope(MemoryTerm(items, recipe.divergence), over)
 
 
 def _memory_slope(term: MemoryTerm, over: Pass) -> Params:

@@ -8,16 +8,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from . import divergences
 from .divergences import KL, Divergence
+from .identify import ScoreName
 from .named import known, named, unnamed
 
 Structure = Literal["diagonal", "dense", "path"]
 Estimator = Literal["exact", "mc", "empirical"]
 Gradient = Literal["stored", "carried", "stationary", "anchored", "none"]
+Kernel = Literal["gp", "identity"]
 Reference = Literal["joint", "separate"]
+
+_CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
+    {
+        "structure": (*get_args(Structure), None),
+        "estimator": get_args(Estimator),
+        "gradient": get_args(Gradient),
+        "score": (*get_args(ScoreName), "k_centre"),
+        "kernel": (*get_args(Kernel), None),
+        "reference": (*get_args(Reference), None),
+    }
+)
+
+
+def require_strength(name: str, value: float) -> None:
+    """Raise ValueError where a strength is negative, NaN or infinite."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 @dataclass(frozen=True)
@@ -73,19 +93,24 @@ class Recipe:
     replay_fraction: float = 0.0
     divergence: Divergence = field(default_factory=KL)
     refresh: bool = True
-    kernel: Literal["gp", "identity"] | None = None
+    kernel: Kernel | None = None
     kernel_precision: float = 1e-3
     jitter: float = 1e-6
     distil: float = 0.0
     reference: Reference | None = None
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.memory is not None and self.memory < 0:
             raise ValueError(f"memory must not be negative, got {self.memory}")
-        for name in ("strength", "soft", "hard", "distil"):
+        for name in ("strength", "soft", "hard", "distil", "jitter"):
+            require_strength(name, getattr(self, name))
+        for name in ("path_damping", "kernel_precision"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and positive, got {value}")
         for name in ("discount", "replay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -47,15 +47,17 @@ def per_class(
 def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Tensor:
     """The indices, in ascending order, among which ``top_k`` or ``per_class`` will find theirs.
 
-    Whatever comes later, nothing else is needed, except where a class turns out so small that
-    its places go to others: for that, twice the quota and the best k of all are kept. At most
-    3 k + C indices, so a pool of candidates does not grow with the data.
+    Whatever comes later, nothing else is needed: the quota of a class can only shrink as classes
+    come, and an example that takes a place left over has fewer than k better ones before it. One
+    of each class stays, so that classes are counted right. At most 2 k + C indices: a pool of
+    candidates does not grow with the data.
     """
+    _require_size(k)
     order = top_k(scores, len(scores), descending=descending)
     keep = torch.zeros(len(scores), dtype=torch.bool)
     keep[order[:k]] = True
     if labels is not None:
-        quota = 2 * -(-k // max(1, len(torch.unique(labels))))
+        quota = max(1, k // max(1, len(torch.unique(labels))))
         keep[order[_rank_within(labels[order]) < quota]] = True
     return keep.nonzero().squeeze(1)
 
@@ -69,17 +71,21 @@ def k_centre(
     """Greedy k-centre: each next index is the one farthest from those chosen before it.
 
     Within a factor 2 of the smallest covering radius. Source: Gonzalez 1985; used for coresets
-    by Nguyen et al. 2018 (VCL). Cost N k D.
+    by Nguyen et al. 2018 (VCL). Cost N k D. Raises ValueError where ``start`` is no index.
     """
     _require_size(k)
     if len(features) == 0 or k == 0:
         return torch.empty(0, dtype=torch.int64)
+    if not 0 <= start < len(features):
+        raise ValueError(f"start must lie in 0 to {len(features) - 1}, got {start}")
     flat = features.flatten(1)
     chosen = [start]
     distance = (flat - flat[start]).square().sum(1)
+    distance[start] = -1.0  # below every copy of it: no index is chosen twice
     while len(chosen) < min(k, len(flat)):
         chosen.append(int(distance.argmax()))
         distance = torch.minimum(distance, (flat - flat[chosen[-1]]).square().sum(1))
+        distance[chosen[-1]] = -1.0
     return torch.tensor(chosen)
 
 

@@ -12,10 +12,11 @@ KernelTerm alone, gradient reconstruction the first three together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .data import Head
 from .divergences import KL, Divergence
 from .jacobians import kernel
 from .likelihoods import Likelihood
-from .memory import Memory
+from .memory import Memory, Sample
 from .models import Inputs, Params, evaluating, match, move, nbytes, parameters
 
 
@@ -58,26 +59,27 @@ class FunctionSpaceTerm(Term, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Regulariser:
     r"""R(theta) = ½ precision ‖theta - mean‖², a Gaussian prior; ``mean`` None is 0.
 
     In nats, up to the constant log-normaliser. Covers the trainable parameters of the model.
-    Raises ValueError for a negative precision.
+    Raises ValueError for a precision that is negative, NaN or infinite.
     """
 
     precision: float = 0.0
     mean: Params | None = None
 
     def __post_init__(self) -> None:
-        if not self.precision >= 0:
-            raise ValueError(f"precision must not be negative, got {self.precision}")
+        if not (self.precision >= 0 and math.isfinite(self.precision)):
+            raise ValueError(f"precision must be finite and not negative, got {self.precision}")
 
     def __call__(self, model: nn.Module) -> Tensor:
         params = parameters(model) if self.mean is None else match(model, self.mean)
         if self.precision == 0:
             return _zero(params)
-        return 0.5 * self.precision * sum(self._gap(n, p).square().sum() for n, p in params.items())
+        mean = self.mean or {}
+        return quadratic({n: Part(mean.get(n), None, self.precision) for n in params}, params)
 
     def gradient(self, params: Mapping[str, Tensor]) -> Params:
         """nabla R: precision (theta - mean)."""
@@ -96,25 +98,72 @@ class Regulariser:
         return value if self.mean is None else value - self.mean[name]
 
 
-class _DiagonalQuadratic(torch.autograd.Function):
-    """<d, g + ½ G d> and its gradient in three passes over the weights instead of six each."""
+class Part(NamedTuple):
+    """<g, d> + ½ <d, G d> of one parameter, d = theta - anchor; None is 0, a number G is G I."""
+
+    anchor: Tensor | None
+    gradient: Tensor | None
+    curvature: Tensor | float | None
+
+    def gap(self, p: Tensor) -> Tensor:
+        d = p if self.anchor is None else p - self.anchor
+        return d.to(self.curvature.dtype) if isinstance(self.curvature, Tensor) else d
+
+    def slope(self, d: Tensor) -> tuple[Tensor, float]:
+        """g + G d, as a tensor times a number: an isotropic G costs no pass over the weights."""
+        if self.curvature is None:
+            return (torch.zeros_like(d) if self.gradient is None else self.gradient), 1.0
+        if isinstance(self.curvature, Tensor):
+            if self.gradient is None:
+                return self.curvature * d, 1.0
+            return torch.addcmul(self.gradient, self.curvature, d), 1.0
+        if self.gradient is None:
+            return d, self.curvature
+        return torch.add(self.gradient, d, alpha=self.curvature), 1.0
+
+
+class _Quadratic(torch.autograd.Function):
+    """The sum of ``Part`` over parameters in few passes over the weights, and no more in backward.
+
+    A step of a small network is bound by such passes: autograd's own would be a dozen.
+    """
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, anchor: Tensor, g: Tensor | None, curvature: Tensor) -> Tensor:
-        ctx.save_for_backward(p, anchor, g, curvature)
-        d = p - anchor
-        half = curvature * d * 0.5 if g is None else torch.addcmul(g, curvature, d, value=0.5)
-        return torch.dot(d.flatten(), half.flatten())
+    def forward(ctx: Any, parts: list[Part], *params: Tensor) -> Tensor:
+        ctx.parts, ctx.slopes = parts, []
+        ctx.save_for_backward(*params)
+        twice = _zero(dict(enumerate(params)))
+        for part, p in zip(parts, params, strict=True):
+            d = part.gap(p)
+            slope, factor = part.slope(d)
+            ctx.slopes.append((slope, factor))
+            # <d, g + ½ G d> = ½ <d, slope> + ½ <d, g>
+            twice = torch.add(twice, _dot(d, slope), alpha=factor)
+            if part.gradient is not None:
+                twice = twice + _dot(d, part.gradient)
+        return 0.5 * twice
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # differentiable itself
-        p, anchor, g, curvature = ctx.saved_tensors
-        d = p - anchor
-        slope = curvature * d if g is None else torch.addcmul(g, curvature, d)
-        return grad * slope, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
+        params, slopes = ctx.saved_tensors, ctx.slopes
+        if torch.is_grad_enabled():  # create_graph: as functions of the parameters
+            slopes = [part.slope(part.gap(p)) for part, p in zip(ctx.parts, params, strict=True)]
+        grads = ((factor * grad) * slope for slope, factor in slopes)
+        return None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
 
 
-@dataclass(frozen=True)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten().to(b.dtype), b.flatten())
+
+
+def quadratic(parts: Mapping[str, Part], params: Mapping[str, Tensor]) -> Tensor:
+    """The sum of ``parts`` at the parameters of the same names, in nats; differentiable twice."""
+    if not params:
+        return _zero(params)
+    return _Quadratic.apply([parts[n] for n in params], *params.values())  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
 class WeightTerm:
     r"""<g, d> + ½ <d, G d>,  d = theta - anchor: the examples that were not kept, in nats.
 
@@ -127,23 +176,22 @@ class WeightTerm:
     curvature: Curvature | None = None
 
     def __call__(self, model: nn.Module) -> Tensor:
-        params = match(model, self.anchor)
-        if isinstance(self.curvature, Diagonal):
-            g = self.gradient or {}
-            return sum(
-                (
-                    _DiagonalQuadratic.apply(p, self.anchor[n], g.get(n), self.curvature.values[n])
-                    for n, p in params.items()
-                ),
-                start=_zero(params),
-            )
-        d = {n: p - self.anchor[n] for n, p in params.items()}
-        value = _zero(params)
-        if self.gradient is not None:
-            value = value + sum((self.gradient[n] * d[n]).sum() for n in d)
-        if self.curvature is not None:
+        return self.value(match(model, self.anchor), self.parts)
+
+    def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
+        """``parts``, and the curvature that is not diagonal, at these parameters."""
+        value = quadratic(parts, params)
+        if self.curvature is not None and not isinstance(self.curvature, Diagonal):
+            d = {n: p - self.anchor[n] for n, p in params.items()}
             value = value + 0.5 * self.curvature.quad(d)
         return value
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """The quadratic by parameter; a curvature that is not diagonal is not in it."""
+        g = self.gradient or {}
+        values = self.curvature.values if isinstance(self.curvature, Diagonal) else {}
+        return {n: Part(a, g.get(n), values.get(n)) for n, a in self.anchor.items()}
 
     def slope(self, params: Mapping[str, Tensor]) -> Params:
         """Its gradient g + G d at other weights."""
@@ -171,30 +219,80 @@ class WeightTerm:
         return nbytes(self.anchor) + nbytes(self.gradient) + curvature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """A regulariser and a weight term in one quadratic round the anchor a:
+
+        R(theta) = R(a) + <delta (a - m), d> + ½ delta <d, d>.
+
+    Saves passes over the weights, all of g where that is minus R's gradient (EWC, K-priors).
+    """
+
+    regulariser: Regulariser
+    weight: WeightTerm
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        params, anchor = parameters(model), self.weight.anchor
+        # A regulariser round 0 covers every trainable parameter, also those without an anchor.
+        if params.keys() != anchor.keys() or any(params[n].shape != anchor[n].shape for n in anchor):
+            return self.regulariser(model) + self.weight(model)
+        return self.weight.value({n: params[n] for n in anchor}, self.parts) + self.constant
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        slope, delta = self.regulariser.gradient(self.weight.anchor), self.regulariser.precision
+        parts = {}
+        for n, part in self.weight.parts.items():
+            g = slope[n] if part.gradient is None else part.gradient + slope[n]
+            curvature = delta if part.curvature is None else part.curvature + delta
+            parts[n] = Part(part.anchor, g if bool(g.any()) else None, curvature)
+        return parts
+
+    @cached_property
+    def constant(self) -> float:
+        """R(a)."""
+        gaps = (self.regulariser._gap(n, a).double() for n, a in self.weight.anchor.items())
+        return 0.5 * self.regulariser.precision * sum(float(gap.square().sum()) for gap in gaps)
+
+
+def complete(terms: Iterable[Any]) -> list[WeightSpaceTerm]:
+    """The weight-space terms among ``terms``, a regulariser and a weight term as one."""
+    held = [t for t in terms if isinstance(t, (Regulariser, WeightTerm))]
+    regulariser = next((t for t in held if isinstance(t, Regulariser) and t.precision), None)
+    weight = next((t for t in held if isinstance(t, WeightTerm)), None)
+    if regulariser is None or weight is None:
+        return held
+    if regulariser.mean is not None and regulariser.mean.keys() != weight.anchor.keys():
+        return held
+    rest = [t for t in held if t is not regulariser and t is not weight]
+    return [Completed(regulariser, weight), *rest]
+
+
+@dataclass(frozen=True, eq=False)
 class MemoryTerm:
     r"""sum_i soft_i D(f*_i, f(x_i)) + hard_i l(y_i, f(x_i)) over the memory, in nats."""
 
     memory: Memory
-    divergence: Divergence = KL()
+    divergence: Divergence = field(default_factory=KL)
 
-    def draw(self, n: int | None, generator: torch.Generator | None = None) -> Memory:
-        return self.memory.draw(n, generator)
+    def draw(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
+        return self.memory.sample(n, generator)
 
-    def value(self, f: Tensor, drawn: Memory, likelihood: Likelihood) -> Tensor:
+    def value(self, f: Tensor, drawn: Memory | Sample, likelihood: Likelihood) -> Tensor:
         """f (B, C): outputs at the drawn inputs."""
         reference = drawn.reference.to(f.dtype)
         table = self.memory.head_masks
         if table is not None:
             mask = table[drawn.head]
             f, reference = likelihood.mask(f, mask), likelihood.mask(reference, mask)
-        value = f.new_zeros(())
+        values = []
         if self.has_soft:
             distance = self.divergence(likelihood, reference, f)
-            value = value + (drawn.soft_weight * distance).sum()
+            values.append(torch.dot(drawn.soft_weight.to(distance.dtype), distance))
         if self.has_hard:
-            value = value + (drawn.hard_weight * likelihood.nll(f, drawn.labels)).sum()
-        return value
+            nll = likelihood.nll(f, drawn.labels)
+            values.append(torch.dot(drawn.hard_weight.to(nll.dtype), nll))
+        return sum(values[1:], start=values[0]) if values else f.new_zeros(())
 
     # Asked once for the whole memory, so that a pure replay pays for no divergence.
     @cached_property
@@ -215,7 +313,30 @@ class MemoryTerm:
         return self.memory.num_bytes
 
 
-@dataclass(frozen=True)
+class _Mahalanobis(torch.autograd.Function):
+    """½ sum_c Dm_cᵀ K_c⁻¹ Dm_c: gap (M, C), precision (C, M, M), symmetric.
+
+    Its gradient K_c⁻¹ Dm_c is at hand after the forward pass, so the kernels are read once a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gap: Tensor, precision: Tensor) -> Tensor:
+        coupled = _couple(precision, gap)
+        ctx.save_for_backward(gap, precision, coupled)
+        return 0.5 * (gap * coupled).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
+        gap, precision, coupled = ctx.saved_tensors
+        return grad * (_couple(precision, gap) if torch.is_grad_enabled() else coupled), None
+
+
+def _couple(precision: Tensor, gap: Tensor) -> Tensor:
+    """K_c⁻¹ Dm_c for each class, (M, C)."""
+    return torch.einsum("cmn,nc->mc", precision, gap)
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Remembered examples that a kernel couples: rows start..stop of the memory.
 
@@ -234,11 +355,10 @@ class Block:
         gap = likelihood.mean(columns(f, self.head)) - self.mean.to(f.dtype)
         if self.precision is None:
             return 0.5 * gap.square().sum()
-        coupled = torch.einsum("cmn,nc->mc", self.precision.to(f.dtype), gap)
-        return 0.5 * (gap * coupled).sum()
+        return _Mahalanobis.apply(gap, self.precision.to(f.dtype))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelTerm:
     r"""strength · ½ sum_blocks sum_c (m_c - m*_c)ᵀ K_c⁻¹ (m_c - m*_c): FROMP's functional prior.
 
@@ -284,7 +404,7 @@ class KernelTerm:
         return self.memory.num_bytes + blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drawn:
     """Whole blocks of a ``KernelTerm``: their inputs in order, and the factor that unbiases."""
 

@@ -30,4 +30,6 @@ def from_state_dict(state: Mapping[str, Tensor]) -> Diagonal | Dense:
         return Diagonal.from_state_dict(state)
     if kinds == {"dense"}:
         return Dense.from_state_dict(state)
-    raise CheckpointError(f"expected a saved Diagonal or Dense curvature, got keys {sorted(state)[:3]}")
+    raise CheckpointError(
+        f"expected a saved Diagonal or Dense curvature, got keys {sorted(state)[:3]}"
+    )

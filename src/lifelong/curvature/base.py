@@ -74,8 +74,8 @@ def require_same(ours: Mapping[str, torch.Size], theirs: Mapping[str, Tensor], w
 def require_positive(smallest: float, damping: float) -> None:
     """Raise ValueError where the smallest eigenvalue of G + damping I is not positive."""
     if not smallest > 0:
-        enough = max(damping - 1.01 * smallest, damping + 1e-6) if smallest > -1e300 else damping
+        enough = damping + max(-1.01 * smallest, 1e-6)
         raise ValueError(
             "the curvature plus damping is not positive definite (its smallest eigenvalue is "
-            f"{smallest:.3g}), so it has no inverse; a damping above {enough:.3g} would do"
+            f"{smallest:.3g}), so it has no inverse; a damping of {enough:.3g} would do"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..hooks import accumulator
 from ..models import Params, nbytes
 from .base import require_positive, require_same
 
@@ -37,8 +38,6 @@ class Dense:
     @classmethod
     def zeros_like(cls, params: Mapping[str, Tensor]) -> Dense:
         """No curvature, over these parameters, in float32 or better."""
-        from ..jacobians import accumulator
-
         some = next(iter(params.values()))
         size = sum(p.numel() for p in params.values())
         matrix = torch.zeros(size, size, dtype=accumulator(some.dtype), device=some.device)
@@ -82,9 +81,9 @@ class Dense:
         eye = torch.eye(len(x), dtype=self.matrix.dtype, device=self.matrix.device)
         damped = self.matrix + damping * eye
         factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) or not bool(torch.isfinite(factor).all()):
-            smallest = float(torch.linalg.eigvalsh(damped)[0])
-            require_positive(min(smallest, 0.0), damping)
+        if int(info):
+            # eigvalsh may round a tiny negative eigenvalue up, but Cholesky has failed.
+            require_positive(min(float(torch.linalg.eigvalsh(damped)[0]), 0.0), damping)
         return self._shaped(torch.cholesky_solve(x.unsqueeze(1), factor).squeeze(1))
 
     def diagonal(self) -> Params:
@@ -109,7 +108,7 @@ class Dense:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Dense:
-        return Dense(self.matrix.to(device, dtype), self.shapes)
+        return Dense(self.matrix.to(device=device, dtype=dtype), self.shapes)
 
     @property
     def num_bytes(self) -> int:

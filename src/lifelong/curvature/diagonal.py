@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..hooks import accumulator
 from ..models import Params, nbytes
 from .base import require_positive, require_same
 
@@ -24,8 +25,6 @@ class Diagonal:
     @classmethod
     def zeros_like(cls, params: Mapping[str, Tensor]) -> Diagonal:
         """No curvature, over these parameters, in float32 or better."""
-        from ..jacobians import accumulator
-
         return cls(
             {
                 name: torch.zeros(p.shape, dtype=accumulator(p.dtype), device=p.device)
@@ -60,7 +59,7 @@ class Diagonal:
     def inverse_mv(self, v: Mapping[str, Tensor], damping: float = 0.0) -> Params:
         """(G + damping I)⁻¹ v; ValueError where an entry is not positive."""
         self._require(v)
-        smallest = min(float(value.min()) for value in self.values.values() if value.numel())
+        smallest = min(float(value.min()) for value in self.values.values())
         require_positive(smallest + damping, damping)
         return {name: v[name] / (value + damping) for name, value in self.values.items()}
 
@@ -82,7 +81,9 @@ class Diagonal:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Diagonal:
-        return Diagonal({name: value.to(device, dtype) for name, value in self.values.items()})
+        return Diagonal(
+            {name: value.to(device=device, dtype=dtype) for name, value in self.values.items()}
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -13,25 +13,23 @@ Fisher); Kunstner et al. 2019 (why the empirical one differs); Kirkpatrick et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..data import BATCH_SIZE, Data, require_repeatable
+from ..hooks import Engine, Trace, upcast
 from ..jacobians import (
-    Engine,
-    Factor,
     ParamChoice,
     WeightedBatch,
     checked,
     choose,
-    preserved_rng,
+    differentiating,
     require_deterministic_mode,
     require_independent,
     residual,
-    upcast,
     weighted_batches,
 )
 from ..likelihoods import Likelihood
@@ -39,6 +37,7 @@ from ..models import take
 from .dense import Dense
 from .diagonal import Diagonal
 
+G = TypeVar("G", Diagonal, Dense)
 Estimator = Literal["exact", "mc", "empirical"]
 
 _DENSE_LIMIT = 8 * 2**30  # bytes of a matrix
@@ -70,13 +69,14 @@ def diagonal_curvature(
     infinite; ValueError and TypeError for labels, heads, weights or estimators that do not fit.
     """
     chosen = choose(model, params)
-    total = Diagonal.zeros_like(chosen).values
-    for factors, w in _factors(
-        model, chosen, data, likelihood, estimator, head, weights, exclude, batch_size,
-        num_samples, generator,
-    ):  # fmt: skip
-        for name, factor in factors.items():
+    total = _zeros(Diagonal, chosen).values
+
+    def add(trace: Trace, v: Tensor, w: Tensor) -> None:
+        for name, factor in trace.pull(v).items():
             total[name] += factor.square_sum(w)
+
+    source = _Source(data, head, weights, exclude, batch_size)
+    _visit(add, model, chosen, source, likelihood, estimator, num_samples, generator)
     return Diagonal(total)
 
 
@@ -105,49 +105,63 @@ def dense_curvature(
             f"a dense curvature of {size} parameters takes {size**2 * 4 / 2**30:.0f} GiB; "
             "use diagonal_curvature, or choose fewer parameters with params="
         )
-    total = Dense.zeros_like(chosen)
-    for factors, w in _factors(
-        model, chosen, data, likelihood, estimator, head, weights, exclude, batch_size,
-        num_samples, generator, whole=True,
-    ):  # fmt: skip
-        j = torch.cat([factors[name].rows().flatten(2) for name in chosen], dim=-1)  # (K, B, P)
+    total = _zeros(Dense, chosen)
+
+    def add(trace: Trace, v: Tensor, w: Tensor) -> None:
+        j = torch.cat([x.flatten(2) for x in trace.rows(v).values()], dim=-1)  # (K, B, P)
         weighted = (j * w.unsqueeze(-1)).flatten(0, 1)
-        total.matrix.addmm_(weighted.T, j.flatten(0, 1))
+        total.matrix.addmm_(weighted.T.to(total.matrix.dtype), j.flatten(0, 1))
+
+    source = _Source(data, head, weights, exclude, batch_size)
+    _visit(add, model, chosen, source, likelihood, estimator, num_samples, generator, whole=True)
     return total
 
 
-def _factors(
+def _zeros(structure: type[G], chosen: dict[str, nn.Parameter]) -> G:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be added to
+        return structure.zeros_like(chosen)
+
+
+class _Source(NamedTuple):
+    """Which examples, in which head, with which weights."""
+
+    data: Data
+    head: Sequence[int] | None
+    weights: Tensor | None
+    exclude: Tensor | None
+    batch_size: int
+
+
+def _visit(
+    add: Callable[[Trace, Tensor, Tensor], None],
     model: nn.Module,
     chosen: dict[str, nn.Parameter],
-    data: Data,
+    source: _Source,
     likelihood: Likelihood,
     estimator: Estimator,
-    head: Sequence[int] | None,
-    weights: Tensor | None,
-    exclude: Tensor | None,
-    batch_size: int,
     num_samples: int,
     generator: torch.Generator | None,
     whole: bool = False,
-) -> Iterator[tuple[dict[str, Factor], Tensor]]:
-    """Pulled-back directions and weights (B,), a few examples at a time."""
+) -> None:
+    """Call ``add(trace, v, w)`` on a few examples at a time, with directions v and weights w.
+
+    The pieces of a batch are as large as the working set allows, whatever the batch size.
+    """
     if estimator not in ("exact", "mc", "empirical"):
-        raise ValueError(
-            f"estimator must be 'exact', 'mc' or 'empirical', got {estimator!r}"
-        )
+        raise ValueError(f"estimator must be 'exact', 'mc' or 'empirical', got {estimator!r}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     require_deterministic_mode(model)
     engine = Engine(model, chosen)
     if generator is None:
         generator = torch.Generator(engine.device).manual_seed(0)
-    with preserved_rng(model), torch.enable_grad():
-        require_repeatable(data)
-        for batch in weighted_batches(model, data, head, weights, exclude, batch_size):
+    count = {"exact": None, "mc": num_samples, "empirical": 1}[estimator]
+    with differentiating(model):
+        require_repeatable(source.data)
+        for batch in weighted_batches(model, *source):
             if not engine.plans:
                 require_independent(model, batch.inputs)
-            count = {"exact": None, "mc": num_samples, "empirical": 1}[estimator]
-            for piece in engine.pieces(batch.inputs, count, whole=whole):
+            for piece in engine.pieces(batch.inputs, count, whole):
                 part = batch._replace(
                     inputs=take(batch.inputs, piece),
                     labels=batch.labels[piece],
@@ -156,8 +170,7 @@ def _factors(
                 trace = engine.trace(part.inputs)
                 v = _directions(likelihood, trace.f, part, estimator, num_samples, generator)
                 if len(v):
-                    w = part.weights.to(v.dtype)
-                    yield trace.pull(v), w
+                    add(trace, v, part.weights.to(v.dtype))
 
 
 @torch.no_grad()

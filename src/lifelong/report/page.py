@@ -158,7 +158,7 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
+    source = files("lifelong.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 

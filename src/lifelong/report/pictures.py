@@ -51,7 +51,7 @@ def line_style(index: int) -> LineStyle:
     )
 
 
-PLAIN_STYLE = LineStyle("plain", "2 3", "cross")
+PLAIN_STYLE = LineStyle("plain", "1 3", "cross")
 REFERENCE_STYLES = (LineStyle("reference", "8 4", "none"), LineStyle("reference", "1 4", "none"))
 
 
@@ -155,10 +155,12 @@ def line_chart(key: str, title: str, description: str, lines: Sequence[Line]) ->
     segments = [(line, _segments(line.points)) for line in lines]
     for line, pieces in segments:
         for piece in pieces:
-            if len(piece) > 1 and all(e.error for _, e in piece):
+            if len(piece) > 1 and all(e.error is not None for _, e in piece):
                 upper = [f"{x(t):.1f} {y(e.mean + (e.error or 0)):.1f}" for t, e in piece]
                 lower = [f"{x(t):.1f} {y(e.mean - (e.error or 0)):.1f}" for t, e in piece[::-1]]
-                parts.append(f'<path class="band {line.style.css}" d="M{"L".join(upper + lower)}z"/>')
+                parts.append(
+                    f'<path class="band {line.style.css}" d="M{"L".join(upper + lower)}z"/>'
+                )
     for line, pieces in segments:
         parts.append(f'<g class="{line.style.css}">')
         for piece in pieces:

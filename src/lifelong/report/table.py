@@ -53,10 +53,9 @@ def bytes_text(count: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """5.62 -> "5.6 s", 90.0 -> "90 s", 300.0 -> "5.0 min", 10000.0 -> "2.8 h"."""
-    for size, unit, limit in ((1, "s", 119.5), (60, "min", 119.5), (3600, "h", float("inf"))):
-        amount = seconds / size
-        if amount < limit:
-            break
+    units = ((1, "s"), (60, "min"), (3600, "h"))
+    size, unit = next(((n, u) for n, u in units if seconds / n < 119.5), units[-1])
+    amount = seconds / size
     return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:,.0f} {unit}"
 
 
@@ -106,7 +105,9 @@ def summary_table(section: Section) -> Table:
     )
     for name in _TERMINAL:
         numeric = name != "Method"
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        table.add_column(
+            name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+        )
     best = {
         "accuracy": section.best("final_accuracy"),
         "forgetting": section.best("forgetting"),

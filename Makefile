@@ -1,0 +1,77 @@
+# Each goal does its own set-up: `make demo` and `make test` work in a fresh clone.
+#
+#   PYTHON  the Python that makes the environment          make test PYTHON=python3.12
+#   VENV    the environment; one that exists is used       make demo VENV=$VIRTUAL_ENV
+#   TORCH   what pip installs where torch is missing       make demo TORCH=torch==2.12.0
+#   DEMO    options of the demo                            make demo DEMO=--help
+#   PYTEST  more options for the tests                     make test PYTEST="-k laws -x"
+#
+# A torch that can be imported in VENV is left alone, whatever its version: the pins then hold for
+# everything else. For a CPU-only or a CUDA build, set TORCH or pip's own configuration.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST ?=
+DEMO ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Two test processes on two cores: more threads in each would wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PINS := $(VENV)/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench tables clean
+
+help: ## list the goals
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Settings, as in 'make test PYTHON=python3.12': PYTHON VENV TORCH DEMO PYTEST (see Makefile)"
+
+demo: $(VENV)/.demo ## learn five tasks of handwritten digits in a row; writes runs/demo/report.html
+	@$(BIN)/lifelong demo $(DEMO)
+
+# worksteal: a process that has finished its share takes over some of the other's.
+test: lint ## linters, type checker and all tests
+	@echo "== tests"
+	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal $(PYTEST)
+
+# The order of imports is checked by tests/test_layers.py.
+lint: $(VENV)/.dev ## linters and type checker only
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== types"
+	@$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
+
+bench: $(VENV)/.dev ## speed, as ratios to plain PyTorch in the same run
+	@$(ONE_THREAD) $(BIN)/python -m pytest benchmarks --benchmark-enable $(PYTEST)
+
+tables: $(VENV)/.dev ## the long reproductions of published tables (hours)
+	@$(BIN)/python benchmarks/tables.py
+
+clean: ## remove .venv and what the tools left; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The set-up. Each stamp is younger than what it was made from, so a second run does nothing.
+$(VENV)/.demo: $(PINS)
+	@echo "== installing lifelong and what the demo needs, less than a minute"
+	@$(PIP) --editable '.[demo]' --constraint $(PINS)
+	@touch $@
+
+$(VENV)/.dev: $(PINS)
+	@echo "== installing lifelong and what the tests need, about a minute"
+	@$(PIP) --editable '.[dev]' --constraint $(PINS)
+	@touch $@
+
+# constraints.txt, with the version of torch that is there in place of the pinned one.
+$(PINS): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@grep -v '^torch==' constraints.txt > $@.new
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+		echo "== installing PyTorch ($(TORCH)), a minute or more"; \
+		$(PIP) '$(TORCH)' --constraint $@.new; }
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $@.new
+	@mv $@.new $@

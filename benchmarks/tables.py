@@ -1,0 +1,132 @@
+"""The long reproductions: `make tables`. Each is a `lifelong run`, resumable after a kill.
+
+    python -m benchmarks.tables [NAME ...] [--data DIR] [--parallel 2]
+
+A result stays under benchmarks/results/DATE_NAME: config, versions, log, matrix of each seed. A
+run that was interrupted goes on where it was. README.md of this folder is generated from the
+records; a cell without a record is empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+_START, _END = "<!-- accuracy: start -->", "<!-- accuracy: end -->"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One row of the table: the flags of `lifelong run`, and what was published."""
+
+    name: str
+    flags: tuple[str, ...]
+    published: str
+    note: str = ""
+
+
+def _run(name: str, benchmark: str, prior: str, published: str, *more: str) -> Reproduction:
+    return Reproduction(name, ("--benchmark", benchmark, "--prior", prior, *more), published)
+
+
+# Settings that are not published were chosen on 10,000 of the training images, never on test ones.
+REPRODUCTIONS: tuple[Reproduction, ...] = (
+    _run("split-mnist_fromp", "split-mnist", "fromp", "99.3 (one run)", "--memory", "40"),
+    _run("permuted-mnist_fromp", "permuted-mnist", "fromp", "94.8 (one run)", "--memory", "200"),
+    _run(
+        "permuted-mnist_gradient-reconstruction",
+        "permuted-mnist",
+        "gradient_reconstruction",
+        "",
+        "--memory",
+        "200",
+    ),
+)
+
+
+def reproduce(item: Reproduction, data: Path, seeds: int) -> Path:
+    """Run, or go on with, one reproduction; its folder. Raises CalledProcessError."""
+    folders = sorted(RESULTS.glob(f"????-??-??_{item.name}"))
+    command = [sys.executable, "-m", "lifelong", "run"]
+    if folders and (folders[-1] / "result.json").is_file():
+        return folders[-1]
+    if folders:
+        command += ["--resume", str(folders[-1])]
+    else:
+        folders = [RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_{item.name}"]
+        command += [*item.flags, "--data", str(data), "--seeds", str(seeds)]
+        command += ["--threads", "1", "--out", str(folders[-1])]
+    subprocess.run([*command, "--quiet"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for checkpoint in folders[-1].rglob("*.safetensors"):  # the record needs no weights
+        checkpoint.unlink()
+    return folders[-1]
+
+
+def table() -> str:
+    """Markdown: a line for each reproduction that has a record."""
+    lines = [
+        "| benchmark and method | published, % | ours, % | forgetting, % | memory | seeds | s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for item in REPRODUCTIONS:
+        folders = sorted(RESULTS.glob(f"????-??-??_{item.name}"))
+        result = folders[-1] / "result.json" if folders else None
+        if result is None or not result.is_file():
+            lines.append(f"| {item.name} | {item.published} | | | | | |")
+            continue
+        found = json.loads(result.read_text())
+        size = f"{found['memory_examples']} examples, {found['memory_bytes'] / 1e6:.1f} MB"
+        lines.append(
+            f"| [{item.name}](results/{folders[-1].name}) | {item.published} "
+            f"| {_percent(found['accuracy'])} | {_percent(found['forgetting'])} | {size} "
+            f"| {len(found['accuracy']['per_seed'])} | {found['seconds']['mean']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(value: dict[str, float]) -> str:
+    error = value.get("standard_error")
+    spread = "" if error is None or error != error else f" ± {100 * error:.2f}"
+    return f"{100 * value['mean']:.2f}{spread}"
+
+
+def update_readme() -> None:
+    """Replace what stands between the two marks of the README."""
+    readme = HERE / "README.md"
+    head, rest = readme.read_text().split(_START)
+    readme.write_text(f"{head}{_START}\n{table()}\n{_END}{rest.split(_END)[1]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="which ones; all by default")
+    default = os.environ.get("LIFELONG_DATA")
+    parser.add_argument("--data", type=Path, default=Path(default) if default else None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=1, help="how many at once, a thread each")
+    options = parser.parse_args(argv)
+    known = {item.name: item for item in REPRODUCTIONS}
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+    if options.data is None:
+        parser.error("say where the data are: --data DIR, or LIFELONG_DATA=DIR make tables")
+    chosen = [known[name] for name in options.names] or list(REPRODUCTIONS)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        for folder in pool.map(lambda item: reproduce(item, options.data, options.seeds), chosen):
+            print(f"{folder.name}: done")
+    update_readme()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Benchmarks: the streams, networks and published settings that ``lifelong run`` knows by name.
+
+A benchmark is a stream and a network; ``settings`` says how a method is trained and set on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Optimizer, Scenario, Schedule, Training, suggestion
+from .learner import MakeOptimizer, MakeScheduler
+from .readers import find, load
+from .streams import TaskStream, permuted, split_by_class
+from .toys import digits, fromp_toy, two_moons
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one method is used on one benchmark: the training, and arguments of its preset."""
+
+    training: Training
+    prior: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Tasks and a network to learn them.
+
+    make_stream: (folder with the data, scenario) -> the tasks, always the same ones.
+    make_model: number of outputs -> a fresh network from torch's global generator, which the
+    caller seeds. scenarios: those it offers, the default first. training: of methods without an
+    entry in ``published``. memory: examples of each task that a method with memory keeps.
+    needs_data: whether the folder is read at all.
+    """
+
+    name: str
+    description: str
+    make_stream: Callable[[Path | None, Scenario], TaskStream]
+    make_model: Callable[[int], nn.Module]
+    scenarios: tuple[Scenario, ...]
+    training: Training
+    memory: int
+    published: Mapping[str, Settings] = field(default_factory=dict)
+    needs_data: bool = False
+
+    def settings(self, preset: str) -> Settings:
+        """How ``preset`` is used here where nobody says otherwise."""
+        return self.published.get(preset, Settings(self.training))
+
+
+def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of these sizes on the flattened input, ``activation`` between them."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i, (narrow, wide) in enumerate(pairwise(sizes)):
+        layers += [nn.Linear(narrow, wide)] if i == 0 else [activation(), nn.Linear(narrow, wide)]
+    return nn.Sequential(*layers)
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def make_optimizer(training: Training) -> MakeOptimizer:
+    """A function that makes the optimiser of ``training`` for given parameters."""
+    kind: Optimizer = training.optimizer
+
+    def make(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        if kind == "sgd":
+            return torch.optim.SGD(params, lr=training.lr, momentum=training.momentum)
+        return torch.optim.Adam(params, lr=training.lr)
+
+    return make
+
+
+def make_scheduler(training: Training) -> MakeScheduler | None:
+    """A function (optimiser, number of steps) -> scheduler; None for a constant rate."""
+    kind: Schedule = training.schedule
+    if kind == "constant":
+        return None
+
+    def make(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+        if kind == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=training.lr, total_steps=max(2, steps)
+        )
+
+    return make
+
+
+def learner_options(training: Training) -> dict[str, Any]:
+    """The arguments of ``Learner`` that ``training`` stands for."""
+    return {
+        "optimizer": make_optimizer(training),
+        "scheduler": make_scheduler(training),
+        "epochs": training.epochs,
+        "batch_size": training.batch_size,
+        "memory_batch_size": training.memory_batch_size,
+        "clip": training.clip,
+        "autocast": torch.bfloat16 if training.autocast else None,
+    }
+
+
+# The registry -------------------------------------------------------------------------------------
+
+
+def _split_digits(data_dir: Path | None, scenario: Scenario) -> TaskStream:
+    return split_by_class(*digits(), scenario=scenario, name="split-digits")
+
+
+def _split_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
+    train, test = (load(find(_folder(data_dir), "mnist", s), split=s) for s in ("train", "test"))
+    return split_by_class(train, test, scenario=scenario, name="split-mnist")
+
+
+def _permuted_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
+    train, test = (load(find(_folder(data_dir), "mnist", s), split=s) for s in ("train", "test"))
+    return permuted(train, test, num_tasks=10, name="permuted-mnist")
+
+
+def _folder(data_dir: Path | None) -> Path:
+    if data_dir is None:
+        raise ValueError("this benchmark reads data: say in which folder they are")
+    return data_dir
+
+
+def _fromp(
+    tau: float, num_data: int, clip: float | None, precision: float, jitter: float
+) -> tuple[dict[str, Any], float | None]:
+    """FROMP's published settings in our units: arguments of the preset, and the clip.
+
+    The released code minimises (1/tau) mean CE + ½ sum Delta' K⁻¹ Delta and clips the norm of that
+    gradient. Ours is the same loss times tau: mean CE + strength / N ½ sum Delta' K⁻¹ Delta with
+    strength = tau N, whose gradient is tau times as long; so clip = tau clip_published.
+    """
+    prior = {
+        "strength": tau * num_data,
+        "prior_precision": precision,
+        "jitter": jitter,
+    }
+    return prior, None if clip is None else tau * clip
+
+
+def _published(training: Training, prior: dict[str, Any]) -> Mapping[str, Settings]:
+    return MappingProxyType({"fromp": Settings(training, MappingProxyType(prior))})
+
+
+def _benchmarks() -> Iterable[Benchmark]:
+    every: tuple[Scenario, ...] = ("task", "class", "domain")
+    yield Benchmark(
+        "split-digits",
+        "scikit-learn's handwritten digits, 8 x 8, five tasks of two digits; MLP 64-100-10",
+        _split_digits,
+        lambda outputs: mlp(64, 100, outputs),
+        every,
+        Training(epochs=20, batch_size=32, lr=1e-3),
+        20,
+    )
+
+    # tau 10, N = 12,000 on average (11,263 to 12,665), clip 0.1, delta 1e-3, jitter 1e-6.
+    prior, clip = _fromp(10, 12_000, 0.1, 1e-3, 1e-6)
+    yield Benchmark(
+        "split-mnist",
+        "MNIST, five tasks of two digits; MLP 784-256-256-10",
+        _split_mnist,
+        lambda outputs: mlp(784, 256, 256, outputs),
+        every,
+        Training(epochs=15, batch_size=128, lr=1e-4),
+        40,
+        _published(Training(epochs=15, batch_size=128, lr=1e-4, clip=clip), prior),
+        needs_data=True,
+    )
+
+    # tau 0.5, N = 60,000, clip 0.01, delta 1e-5, jitter 1e-5.
+    prior, clip = _fromp(0.5, 60_000, 0.01, 1e-5, 1e-5)
+    yield Benchmark(
+        "permuted-mnist",
+        "MNIST, ten tasks, the pixels of each in another order; MLP 784-100-100-10",
+        _permuted_mnist,
+        lambda outputs: mlp(784, 100, 100, outputs),
+        ("domain",),
+        Training(epochs=10, batch_size=128, lr=1e-3),
+        200,
+        _published(Training(epochs=10, batch_size=128, lr=1e-3, clip=clip), prior),
+        needs_data=True,
+    )
+
+    # tau 1, N = 4,000, no clip, delta 1e-4, jitter 1e-3.
+    prior, _ = _fromp(1, 4_000, None, 1e-4, 1e-3)
+    yield Benchmark(
+        "fromp-toy",
+        "five tasks of two Gaussians in the plane, along a line; MLP 2-20-20-2, sigmoid",
+        lambda data_dir, scenario: fromp_toy(),
+        lambda outputs: mlp(2, 20, 20, outputs, activation=nn.Sigmoid),
+        ("domain",),
+        Training(epochs=50, batch_size=20, lr=1e-2),
+        20,
+        _published(Training(epochs=50, batch_size=20, lr=1e-2), prior),
+    )
+    yield Benchmark(
+        "two-moons",
+        "two half circles in the plane, first the left half, then the right; MLP 2-20-20-2, tanh",
+        lambda data_dir, scenario: two_moons(),
+        lambda outputs: mlp(2, 20, 20, outputs, activation=nn.Tanh),
+        ("domain",),
+        Training(epochs=50, batch_size=20, lr=1e-2),
+        20,
+    )
+
+
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({b.name: b for b in _benchmarks()})
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of that name. Raises ValueError with a suggestion where there is none."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {name!r}; " + suggestion(name, BENCHMARKS))
+    return BENCHMARKS[name]

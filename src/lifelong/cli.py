@@ -1,0 +1,236 @@
+"""The command line: ``lifelong demo`` and ``lifelong run``.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Only this module reads the environment
+(LIFELONG_DATA) and sets torch's threads; torch is imported once there is something to compute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from .config import (
+    DemoFlags,
+    Experiment,
+    Output,
+    Overrides,
+    RunConfig,
+    RunFlags,
+    UsageError,
+    flags_of,
+)
+
+Flags = TypeVar("Flags")
+
+HELP = """\
+usage: lifelong COMMAND [OPTIONS]
+
+Learn tasks one after another without forgetting.
+
+commands:
+  demo    learn handwritten digits, two at a time, with six methods; one table, one page
+  run     train one method on one benchmark, and keep settings, results and checkpoints
+
+options:
+  -h, --help    show this help; after a command, the help of that command
+  --version     show the version
+
+examples:
+  lifelong demo
+  lifelong run --benchmark split-mnist --data DIR --prior fromp --memory 40 --seeds 3
+"""
+
+RUN = """\
+Train one method on one benchmark, and keep settings, results and checkpoints in a folder.
+
+A run that was interrupted goes on with --resume, and ends with the same numbers."""
+
+RUN_EXAMPLES = """
+examples:
+  lifelong run                                        digits and FROMP: needs no files
+  lifelong run --benchmark split-mnist --data DIR --prior fromp --memory 40 --seeds 3 --out runs/x
+  lifelong run --resume runs/x                        go on after an interruption
+  lifelong run --config runs/x/config.toml --prior ewc --set strength=10 --out runs/y
+  lifelong run --prior ewc --json --quiet > ewc.json
+"""
+
+DEMO = """\
+Learn scikit-learn's handwritten digits in five tasks of two digits each, seen once.
+
+The same network learns them with nothing, with three priors, and on everything at once; twice: told
+which two digits to choose from (task-incremental), and choosing from all ten (class-incremental).
+Prints one table for each and writes a page with pictures. About a minute on two cores."""
+
+DEMO_EXAMPLES = """
+examples:
+  lifelong demo
+  lifelong demo --seeds 1 --out runs/quick
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. Prints errors as one line on standard error."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if args else 2
+    if args[0] in ("--version", "-V"):
+        from importlib.metadata import version
+
+        sys.stdout.write(f"lifelong {version('lifelong')}\n")
+        return 0
+    commands = {"demo": _demo, "run": _run}
+    name, *rest = args
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean 'lifelong {near[0]}'?" if near else "see lifelong --help"
+        kind = "option" if name.startswith("-") else "command"
+        return _fail("lifelong", f"there is no {kind} {name!r}; {hint}", 2)
+    prog = f"lifelong {name}"
+    try:
+        return commands[name](rest)
+    except SystemExit as stop:  # of tyro: after --help, or a wrong flag that it has explained
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted", 130)
+    except Exception as error:
+        if "--debug" in rest:
+            raise
+        return _fail(prog, _one_line(error), 2 if isinstance(error, UsageError) else 1)
+
+
+def _fail(prog: str, message: str, code: int) -> int:
+    sys.stderr.write(f"{prog}: {message}\n")
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    text = " ".join(text.split())
+    if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _parse(kind: type[Flags], prog: str, about: str, examples: str, args: list[str]) -> Flags:
+    try:
+        return tyro.cli(kind, prog=prog, description=about, args=args)
+    except SystemExit as stop:
+        if stop.code == 0:
+            sys.stdout.write(examples)
+        raise
+
+
+# run ----------------------------------------------------------------------------------------------
+
+
+def _run(args: list[str]) -> int:
+    flags = _parse(RunFlags, "lifelong run", RUN, RUN_EXAMPLES, args)
+    if flags.output.resume is not None:
+        return _resume(flags)
+    if flags.output.config is not None:
+        from_file = flags_of(flags.output.config)
+        try:
+            flags = _parse(RunFlags, "lifelong run", RUN, "", [*from_file, *args])
+        except SystemExit:
+            sys.stderr.write(f"lifelong run: the wrong setting is in {flags.output.config}\n")
+            raise
+    data = flags.experiment.data or _data_from_environment()
+    experiment = replace(flags.experiment, data=None if data is None else data.absolute())
+    config = RunConfig(experiment, flags.training)
+    folder = flags.output.out or Path("runs", f"{experiment.benchmark}-{experiment.prior}")
+    return _go(config, folder, flags.output, new=True)
+
+
+def _resume(flags: RunFlags) -> int:
+    from . import runs
+
+    folder = flags.output.resume
+    if folder is None:
+        raise UsageError("--resume wants the folder of a run")
+    given = _given(replace(flags.experiment, data=None), Experiment()) + _given(
+        flags.training, Overrides()
+    )
+    given += [name for name in ("out", "config") if getattr(flags.output, name) is not None]
+    if given:
+        listed = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UsageError(
+            f"--resume takes the settings from {folder}; leave out {listed}, or start another run"
+        )
+    config = runs.load_config(folder)
+    if flags.experiment.data is not None:  # where the data lie decides no number
+        experiment = replace(config.experiment, data=flags.experiment.data.absolute())
+        config = replace(config, experiment=experiment)
+    changed = runs.changed_versions(folder)
+    if changed:
+        sys.stderr.write(
+            f"lifelong run: since this run was started, {'; '.join(changed)}: its numbers may "
+            "differ in the last digits from those of an uninterrupted run\n"
+        )
+    return _go(config, folder, flags.output, new=False)
+
+
+def _given(flags: Any, defaults: Any) -> list[str]:
+    names = [f.name for f in fields(flags)]
+    return [name for name in names if getattr(flags, name) != getattr(defaults, name)]
+
+
+def _data_from_environment() -> Path | None:
+    value = os.environ.get("LIFELONG_DATA")
+    return Path(value) if value else None
+
+
+def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
+    import torch
+
+    from . import runs
+    from .display import run_progress, run_table
+
+    if new:
+        runs.require_free(folder)
+    torch.set_num_threads(config.training.threads)
+    plan = runs.prepare(config)
+    if new:
+        runs.create(plan, folder)
+    try:
+        with run_progress(plan, quiet=output.quiet) as watch:
+            summary = runs.execute(plan, folder, watch)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nInterrupted. Go on with: {runs.resume_command(folder)}\n")
+        return 130
+    if output.json:
+        sys.stdout.write(json.dumps({**summary, "out": str(folder)}, allow_nan=False) + "\n")
+    else:
+        run_table(plan, summary, folder)
+    return 0
+
+
+# demo ---------------------------------------------------------------------------------------------
+
+
+def _demo(args: list[str]) -> int:
+    flags = _parse(DemoFlags, "lifelong demo", DEMO, DEMO_EXAMPLES, args)
+    import torch
+
+    from . import demo
+    from .display import demo_progress, demo_tables
+
+    torch.set_num_threads(flags.threads)
+    page = flags.out / "report.html"
+    demo.require_writable(flags.out)
+    with demo_progress(quiet=flags.quiet) as watch:
+        found = demo.learn(range(flags.seeds), watch)
+    demo.write(replace(found, command=shlex.join(["lifelong", "demo", *args])), page)
+    demo_tables(found, page)
+    return 0

@@ -1,0 +1,426 @@
+"""Runs: a configuration becomes a folder with results, and goes on there after an interruption.
+
+plan = prepare(RunConfig(Experiment(benchmark="split-mnist", data=Path("data"))))
+result = execute(plan, Path("runs/x"))
+
+runs/x/config.json, config.toml   what was asked for, and what that came to; a file for --config
+runs/x/versions.json              of everything that could change a number
+runs/x/log.txt                    one line for each task learned
+runs/x/seed-0/learner.safetensors the learner after its last epoch: model, prior, random state
+runs/x/seed-0/accuracy.json       of a seed that is finished
+runs/x/result.json                of all seeds
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import platform
+import shlex
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from .benchmarks import Benchmark, benchmark, learner_options
+from .checkpoint import write
+from .config import RunConfig, Scenario, Training, UsageError, suggestion
+from .errors import CheckpointError
+from .learner import CHECKPOINT, Learner, Progress
+from .likelihoods import Categorical
+from .metrics import mean_and_standard_error
+from .presets import PRESETS
+from .prior import Prior
+from .streams import TaskStream
+
+FORMAT = 1
+CONFIG, TOML, VERSIONS, LOG = "config.json", "config.toml", "versions.json", "log.txt"
+ACCURACY, RESULT = "accuracy.json", "result.json"
+_SCORES = ("lambda", "leverage", "residual", "random", "k_centre")
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One seed of a run. accuracy: R[t][i], fractions, None above the diagonal; seconds: of
+    learning, without the tests; memory: what is kept for the next task."""
+
+    seed: int
+    matrix: list[list[float | None]]
+    accuracy: float
+    forgetting: float
+    seconds: float
+    memory_examples: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a run has just done: an epoch, or with ``accuracies`` a whole task.
+
+    accuracies: on each task so far, fractions. loss: nats per example over the epoch.
+    """
+
+    seed: int
+    progress: Progress
+    accuracies: tuple[float, ...] | None = None
+
+
+Watch = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with all defaults filled in, checked as far as that goes before training."""
+
+    config: RunConfig
+    benchmark: Benchmark
+    stream: TaskStream
+    training: Training
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Epochs over all tasks and seeds."""
+        return self.training.epochs * len(self.stream) * self.config.experiment.seeds
+
+    def make_prior(self) -> Prior:
+        """A prior that has seen nothing yet."""
+        return PRESETS[self.config.experiment.prior](Categorical(), **self.arguments)
+
+    def make_learner(self, seed: int) -> Learner:
+        """A fresh one. Sets torch's global seed, from which the initial weights come."""
+        torch.manual_seed(seed)
+        model = self.benchmark.make_model(self.stream.num_outputs)
+        return Learner(model, self.make_prior(), seed=seed, **learner_options(self.training))
+
+
+def prepare(config: RunConfig) -> Plan:
+    """Read the data and fill in the defaults: the benchmark's for the prior, then the config's.
+
+    Raises UsageError for settings that make no run, FileNotFoundError where data are missing,
+    ImportError where an extra is.
+    """
+    experiment = config.experiment
+    chosen = benchmark(experiment.benchmark)
+    scenario: Scenario = experiment.scenario or chosen.scenarios[0]
+    if scenario not in chosen.scenarios:
+        raise UsageError(
+            f"{chosen.name} has no scenario {scenario!r}; it offers {', '.join(chosen.scenarios)}"
+        )
+    if chosen.needs_data and experiment.data is None:
+        raise UsageError(
+            f"{chosen.name} reads data: give --data DIR, the folder with the MNIST files (or set "
+            "LIFELONG_DATA). split-digits needs no files"
+        )
+    settings = chosen.settings(experiment.prior)
+    training = config.applied(settings.training)
+    _checked_settings(experiment.prior, config.settings)
+    stream = chosen.make_stream(experiment.data, scenario)
+    arguments = _arguments(config, chosen, settings.prior, stream)
+    plan = Plan(config, chosen, stream, training, arguments)
+    try:
+        plan.make_prior()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{experiment.prior}: {error}") from error
+    return plan
+
+
+def execute(plan: Plan, folder: Path | None = None, watch: Watch | None = None) -> dict[str, Any]:
+    """Run every seed that is not finished yet; with ``folder``, everything is kept there.
+
+    Returns the summary that result.json holds. Raises OSError where the folder cannot be written,
+    CheckpointError where a checkpoint in it cannot be read.
+    """
+    results = [_seed(plan, seed, folder, watch) for seed in plan.config.seed_list]
+    summary = summarise(plan, results)
+    if folder is not None:
+        _write_json(folder / RESULT, summary)
+        log(folder, f"finished: accuracy {summary['accuracy']['mean']:.4f}")
+    return summary
+
+
+def require_free(folder: Path) -> None:
+    """Raise UsageError where ``folder`` holds a run, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose another folder with --out")
+    if (folder / CONFIG).exists() or (folder / RESULT).exists():
+        raise UsageError(
+            f"{folder} holds a run already ({_described(folder)}); choose another folder with "
+            f"--out, or go on with it: {resume_command(folder)}"
+        )
+
+
+def create(plan: Plan, folder: Path) -> None:
+    """Make the run's folder. Raises UsageError where another run lies there."""
+    require_free(folder)
+    write(folder / TOML, plan.config.to_toml())
+    _write_json(folder / VERSIONS, versions())
+    log(folder, f"started: {plan.config.experiment.prior} on {plan.benchmark.name}")
+    # Last, since it is what makes the folder a run.
+    _write_json(
+        folder / CONFIG,
+        {
+            "format": FORMAT,
+            "flags": plan.config.to_dict(),
+            "training": asdict(plan.training),
+            "prior": dict(plan.arguments),
+        },
+    )
+
+
+def load_config(folder: Path) -> RunConfig:
+    """The settings of the run in ``folder``. Raises UsageError where there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UsageError(
+            f"there is no run in {folder} (no {CONFIG}); start one with lifelong run --out {folder}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] > FORMAT:
+            raise UsageError(f"{path} was written by a newer lifelong; upgrade to read it")
+        return RunConfig.from_dict(content["flags"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); start the run anew") from error
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """What differs from when the run was started, as "torch 2.12 -> 2.13"."""
+    try:
+        before = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return []
+    now = versions()
+    return [f"{k} {before[k]} -> {now[k]}" for k in now if k in before and before[k] != now[k]]
+
+
+def resume_command(folder: Path) -> str:
+    return f"lifelong run --resume {shlex.quote(str(folder))}"
+
+
+def summarise(plan: Plan, results: list[SeedResult]) -> dict[str, Any]:
+    """Mean, standard error (None for one seed) and values of each seed; no NaN, for json."""
+
+    def over_seeds(name: str) -> dict[str, Any]:
+        values = [getattr(result, name) for result in results]
+        mean, error = mean_and_standard_error(values)
+        return {
+            "mean": mean,
+            "standard_error": None if math.isnan(error) else error,
+            "per_seed": values,
+        }
+
+    return {
+        "benchmark": plan.benchmark.name,
+        "prior": plan.config.experiment.prior,
+        "scenario": plan.stream.scenario,
+        "tasks": [task.name for task in plan.stream],
+        "seeds": [result.seed for result in results],
+        "accuracy": over_seeds("accuracy"),
+        "forgetting": over_seeds("forgetting"),
+        "seconds": over_seeds("seconds"),
+        "memory_examples": max(result.memory_examples for result in results),
+        "memory_bytes": max(result.memory_bytes for result in results),
+        "matrices": [result.matrix for result in results],
+        "config": {
+            **plan.config.to_dict(),
+            "training": asdict(plan.training),
+            "prior_settings": dict(plan.arguments),
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of lifelong, what it computes with, and the machine."""
+    found = {"lifelong": _version("lifelong"), "python": platform.python_version()}
+    found |= {name: _version(name) for name in ("torch", "numpy", "safetensors")}
+    found |= {"platform": platform.platform(), "processor": platform.machine()}
+    revision = _revision()
+    return found if revision is None else {**found, "revision": revision}
+
+
+def log(folder: Path, line: str) -> None:
+    """Append to the run's log."""
+    time = datetime.now().astimezone().isoformat(timespec="seconds")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(f"{time} {line}\n")
+
+
+# One seed -----------------------------------------------------------------------------------------
+
+
+def _seed(plan: Plan, seed: int, folder: Path | None, watch: Watch | None) -> SeedResult:
+    place = None if folder is None else folder / f"seed-{seed}"
+    if place is not None and (place / ACCURACY).is_file():
+        return SeedResult(**json.loads((place / ACCURACY).read_text(encoding="utf-8")))
+    learner = plan.make_learner(seed)
+    if place is not None and (place / CHECKPOINT).is_file():
+        learner.load(place / CHECKPOINT)
+        if folder is not None:
+            log(folder, f"seed {seed}: resumed after {len(learner.accuracy)} tasks")
+    result = learn_stream(learner, plan.stream, seed, folder=place, watch=watch, log_folder=folder)
+    if place is not None:
+        _write_json(place / ACCURACY, asdict(result))
+    return result
+
+
+def learn_stream(
+    learner: Learner,
+    stream: TaskStream,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+    log_folder: Path | None = None,
+) -> SeedResult:
+    """Run a learner over a stream, from where it stands, and measure it."""
+    last: list[Progress] = []
+
+    def on_epoch(progress: Progress) -> None:
+        last[:] = [progress]
+        if watch is not None:
+            watch(Event(seed, progress))
+
+    def on_task(index: int) -> None:
+        row = tuple(learner.accuracy[index])
+        if log_folder is not None:
+            mean = sum(row) / len(row)
+            log(log_folder, f"seed {seed}: task {index + 1}, accuracy so far {mean:.4f}")
+        if watch is not None and last:
+            watch(Event(seed, last[0], row))
+
+    matrix = learner.run(stream, folder=folder, on_epoch=on_epoch, on_task=on_task)
+    memory = learner.prior.memory
+    return SeedResult(
+        seed=seed,
+        matrix=matrix.to_list(),
+        accuracy=matrix.average_accuracy,
+        forgetting=matrix.forgetting,
+        seconds=learner.seconds,
+        memory_examples=0 if memory is None else len(memory),
+        memory_bytes=learner.prior.num_bytes,
+    )
+
+
+# Settings of the prior ----------------------------------------------------------------------------
+
+
+def _arguments(
+    config: RunConfig, chosen: Benchmark, published: Mapping[str, Any], stream: TaskStream
+) -> dict[str, Any]:
+    name, memory = config.experiment.prior, config.experiment.memory
+    defaults = options_of(PRESETS[name])
+    arguments = {**published, **config.settings}
+    if "memory" not in defaults:
+        if memory is not None:
+            raise UsageError(f"{name} keeps no chosen examples; leave out --memory")
+        return arguments
+    if "memory" in config.settings:
+        if memory is not None:
+            raise UsageError("give --memory or --set memory, not both")
+        return arguments
+    memory = chosen.memory if memory is None else memory
+    if arguments.get("total", defaults.get("total", False)):
+        # One memory for all tasks: the same budget as that many examples of each.
+        return {**arguments, "memory": memory * len(stream)}
+    smallest = min(stream, key=len)
+    if memory > len(smallest):
+        raise UsageError(
+            f"--memory {memory} is more than task {smallest.name!r} has: {len(smallest)} examples"
+        )
+    return {**arguments, "memory": memory}
+
+
+def options_of(preset: Callable[..., Prior]) -> dict[str, Any]:
+    """The settings of a preset, with their defaults."""
+    return {
+        name: p.default
+        for name, p in inspect.signature(preset).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
+
+
+def _checked_settings(name: str, settings: Mapping[str, Any]) -> None:
+    preset = PRESETS[name]
+    known, hints = options_of(preset), get_type_hints(preset)
+    for setting, value in settings.items():
+        if setting not in known:
+            raise UsageError(
+                f"--set: {name} has no setting {setting!r}; " + suggestion(setting, known)
+            )
+        _require_fits(f"--set {setting}", value, hints[setting])
+        if setting == "score" and value not in _SCORES:
+            raise UsageError(f"--set score: expected one of {', '.join(_SCORES)}, got {value!r}")
+
+
+def _require_fits(what: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if not any(_fits(value, option) for option in options):
+        names = " or ".join(_described_type(o) for o in options if o is not type(None))
+        raise UsageError(f"{what}: expected {names}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described_type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(str(choice) for choice in get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[hint]
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _described(folder: Path) -> str:
+    try:
+        experiment = load_config(folder).experiment
+    except ValueError:
+        return "damaged"
+    done = sum((folder / f"seed-{s}" / ACCURACY).is_file() for s in load_config(folder).seed_list)
+    return f"{experiment.prior} on {experiment.benchmark}, {done} of {experiment.seeds} seeds done"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _revision() -> str | None:
+    """The git revision of lifelong's own source, where it is a checkout."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    commands: Iterable[tuple[str, ...]] = (
+        ("ls-files", "--error-unmatch", "__init__.py"),  # not the repository of a user round it
+        ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+    )
+    output = ""
+    for command in commands:
+        try:
+            done = subprocess.run((*git, *command), capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        if done.returncode != 0:
+            return None
+        output = done.stdout.strip()
+    return output or None

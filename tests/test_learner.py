@@ -1,0 +1,339 @@
+"""The loop: that it learns, that it resumes to the bit, and that a failed fit never happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lifelong
+from lifelong import (
+    Categorical,
+    CheckpointError,
+    Examples,
+    Learner,
+    Prior,
+    TaskStream,
+    split_by_class,
+)
+from lifelong.learner import CHECKPOINT, Progress, adam
+from lifelong.streams import Task
+
+
+def clouds(n: int = 12, classes: int = 6) -> Examples:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(n * classes) % classes
+    angle = y * (2 * torch.pi / classes)
+    centre = 2 * torch.stack([angle.cos(), angle.sin()], 1)
+    return Examples(centre + 0.3 * torch.randn(len(y), 2, generator=generator), y)
+
+
+def stream() -> TaskStream:
+    return split_by_class(clouds(), clouds(), classes_per_task=2)
+
+
+def mlp(*extra: nn.Module) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(2, 16), *extra, nn.Tanh(), nn.Linear(16, 6))
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
+    "ewc": (lifelong.ewc(Categorical()), (), {}),
+    "mc ewc": (lifelong.ewc(Categorical(), estimator="mc"), (), {}),
+    "si": (lifelong.si(Categorical()), (), {}),
+    "fromp": (lifelong.fromp(Categorical(), memory=4), (), {"memory_batch_size": 4}),
+    "lwf": (lifelong.lwf(Categorical()), (), {}),
+    "dropout": (lifelong.kprior(Categorical(), memory=4), (nn.Dropout(0.3),), {}),
+    "batch norm": (lifelong.kprior(Categorical(), memory=4), (nn.BatchNorm1d(16),), {}),
+    "scheduler": (lifelong.derpp(Categorical(), memory=6), (), {"scheduler": cosine, "clip": 1.0}),
+    "autocast": (lifelong.kprior(Categorical(), memory=4), (), {"autocast": torch.bfloat16}),
+    "separate": (lifelong.separate(Categorical()), (), {}),
+    "joint": (lifelong.joint(Categorical()), (nn.BatchNorm1d(16),), {}),
+}
+
+
+def learner(case: str, **options: Any) -> Learner:
+    prior, extra, more = CASES[case]
+    arguments = {"optimizer": adam(1e-2), "epochs": 3, "batch_size": 10, **more, **options}
+    return Learner(mlp(*(type(m)(m.p if isinstance(m, nn.Dropout) else 16) for m in extra)),
+                   prior, **arguments)  # fmt: skip
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(task: int, epoch: int) -> Callable[[Progress], None]:
+    def on_epoch(progress: Progress) -> None:
+        if (progress.task, progress.epoch) == (task, epoch):
+            raise KilledError
+
+    return on_epoch
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("task", "epoch"), [(1, 2), (2, 3)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, case, task, epoch):
+    whole = learner(case)
+    torch.manual_seed(7)
+    whole.run(stream())
+    killed = learner(case)
+    torch.manual_seed(7)
+    with pytest.raises(KilledError):
+        killed.run(stream(), folder=tmp_path, on_epoch=kill_at(task, epoch))
+    resumed = learner(case, seed=99)
+    torch.manual_seed(99)
+    resumed.load(tmp_path / CHECKPOINT)
+    resumed.run(stream())
+    assert resumed.accuracy == whole.accuracy
+    assert same(weights(resumed.model), weights(whole.model))
+    assert resumed.prior.num_tasks == 3
+
+
+@pytest.mark.parametrize("case", ["si", "scheduler", "dropout"])
+def test_a_fit_that_the_callback_stops_goes_on_after_that_epoch(case):
+    whole, stopped = learner(case), learner(case)
+    task = stream()[0]
+    torch.manual_seed(7)
+    whole.learn(task)
+    torch.manual_seed(7)
+    with pytest.raises(KilledError):
+        stopped.fit(task, on_epoch=kill_at(0, 2))
+    epochs: list[int] = []
+    stopped.fit(task, on_epoch=lambda progress: epochs.append(progress.epoch))
+    stopped.recall(task, stopped.memorise(task))
+    assert epochs == [3]
+    assert same(weights(stopped.model), weights(whole.model))
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    whole = learner("ewc")
+    whole.run(stream(), folder=tmp_path)
+    again = learner("ewc").load(tmp_path / CHECKPOINT)
+    again.run(stream())
+    assert again.accuracy == whole.accuracy
+    assert same(weights(again.model), weights(whole.model))
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_run_tests_every_task_seen_and_tells_of_each():
+    tasks: list[int] = []
+    progress: list[Progress] = []
+    matrix = learner("ewc").run(stream(), on_task=tasks.append, on_epoch=progress.append)
+    assert tasks == [0, 1, 2]
+    assert [(p.task, p.epoch, p.epochs) for p in progress[:4]] == [
+        (0, 1, 3), (0, 2, 3), (0, 3, 3), (1, 1, 3),
+    ]  # fmt: skip
+    assert all(math.isfinite(p.loss) and p.seconds > 0 for p in progress)
+    evaluated = ~matrix.values.isnan()
+    assert torch.equal(evaluated, torch.ones(3, 3).tril().bool())
+
+
+def test_separate_forgets_nothing_and_joint_learns_all():
+    separate = learner("separate", epochs=20).run(stream())
+    assert torch.equal(separate.values[2], separate.values.diagonal())
+    assert learner("joint", epochs=20).run(stream()).average_accuracy > 0.9
+
+
+def test_separate_starts_each_task_afresh():
+    one = learner("separate")
+    one.learn(stream()[0])
+    other = learner("separate")
+    other.generator.set_state(one.generator.get_state())
+    one.fit(stream()[1])
+    other.fit(stream()[1])
+    assert same(weights(one.model), weights(other.model))
+
+
+def test_forget_then_fit():
+    prior = lifelong.kprior(Categorical(), memory=None, precision=0.1)
+    learner = Learner(mlp(), prior, optimizer=adam(1e-2), epochs=2)
+    first, second, _ = stream()
+    learner.learn(first)
+    learner.learn(second)
+    gone = first.train[:5]
+    assert len(learner.prior.memory or ()) == 48
+    learner.forget(gone, task=0)
+    assert len(learner.prior.memory or ()) == 43
+    assert learner.prior.num_data == 43
+    learner.fit(second)
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+def test_the_verbs_one_by_one_are_learn():
+    one, other = learner("dropout"), learner("dropout")
+    task = stream()[0]
+    torch.manual_seed(0)
+    one.learn(task)
+    torch.manual_seed(0)
+    other.fit(task)
+    items = other.memorise(task)
+    prior = other.recall(task, items)
+    assert prior is other.prior
+    assert len(other.identify(task)) == len(task)
+    with torch.no_grad():
+        for model in (one.model, other.model):
+            model[0].weight += 0.1
+    assert torch.equal(one.prior(one.model), other.prior(other.model))
+
+
+def test_identify_by_leverage_finds_its_variance():
+    prior = lifelong.kprior(Categorical(), memory=4, score="leverage")
+    learner = Learner(mlp(), prior)
+    scores = learner.identify(stream()[0])
+    learner.learn(stream()[0])
+    assert bool((scores > 0).all())
+    assert len(learner.prior.memory or ()) == 4
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def snapshot(learner: Learner) -> dict[str, Any]:
+    return {
+        "weights": weights(learner.model),
+        "modes": [m.training for m in learner.model.modules()],
+        "prior": learner.prior,
+        "generator": learner.generator.get_state(),
+        "global": torch.get_rng_state(),
+    }
+
+
+def unchanged(learner: Learner, before: dict[str, Any]) -> None:
+    after = snapshot(learner)
+    assert same(after["weights"], before["weights"])
+    assert after["modes"] == before["modes"]
+    assert after["prior"] is before["prior"]
+    assert torch.equal(after["generator"], before["generator"])
+    assert torch.equal(after["global"], before["global"])
+
+
+def broken(data: Examples, **changes: Any) -> Task:
+    return Task(1, "broken", replace(data, **changes))
+
+
+def with_nan(inputs: Tensor) -> Tensor:
+    inputs = inputs.clone()
+    inputs[20] = math.nan
+    return inputs
+
+
+TRAIN = stream()[1].train
+BAD_TASKS = {
+    "nan inputs": (
+        broken(TRAIN, inputs=with_nan(TRAIN.inputs)),
+        "the loss became nan.*put back|output is NaN",
+    ),
+    "outside of the head": (broken(TRAIN, head=(0, 1)), r"labels \[2, 3\] lie outside of the head"),
+    "beyond the outputs": (
+        broken(TRAIN, labels=TRAIN.labels + 9, head=None),
+        "has 6 outputs",
+    ),
+    "a head beyond the outputs": (broken(TRAIN, head=(2, 3, 8)), "the model has 6 outputs; grow"),
+    "int32 labels": (broken(TRAIN, labels=TRAIN.labels.int()), "convert them with y.long()"),
+    "labels of another shape": (broken(TRAIN, labels=torch.ones(24, 3)), r"shape \(24, 6\)"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TASKS)
+@pytest.mark.parametrize("case", ["ewc", "lwf", "dropout", "joint"])
+def test_a_failed_fit_never_happened(case, bad):
+    one = learner(case)
+    one.learn(stream()[0])
+    one.model.eval()
+    one.model[0].train()
+    before = snapshot(one)
+    task, message = BAD_TASKS[bad]
+    with pytest.raises((ValueError, TypeError), match=message):
+        one.fit(task)
+    unchanged(one, before)
+
+
+def test_weights_that_blow_up_in_the_last_step_are_noticed():
+    class Explode(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["params"][0].data.fill_(math.inf)
+
+    one = Learner(mlp(), lifelong.finetune(Categorical()), batch_size=999,
+                  optimizer=lambda p: Explode(p, lr=1.0))  # fmt: skip
+    before = snapshot(one)
+    with pytest.raises(lifelong.NonFiniteError, match=r"the parameter 0\.weight is NaN or inf"):
+        one.fit(stream()[0])
+    unchanged(one, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": 0}, "epochs and batch_size must be at least 1, got 0 and 64"),
+        ({"batch_size": 0}, "at least 1, got 1 and 0"),
+        ({"memory_batch_size": 0}, "memory_batch_size must be at least 1, or None for all, got 0"),
+        ({"clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
+    ],
+)
+def test_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Learner(mlp(), lifelong.finetune(Categorical()), **arguments)
+
+
+def test_a_stream_without_tests_has_no_matrix():
+    with pytest.raises(ValueError, match=r"task '0/1' has no test examples; call learn\(\)"):
+        learner("ewc").run(split_by_class(clouds(), classes_per_task=2))
+
+
+def test_a_folder_that_cannot_be_written_shows_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    one = learner("ewc")
+    before = snapshot(one)
+    with pytest.raises(OSError, match="choose another folder"):
+        one.run(stream(), folder=tmp_path / "file" / "runs")
+    unchanged(one, before)
+
+
+def spoil(path: Path, **changes: Any) -> None:
+    state = lifelong.checkpoint.load(path, kind="learner")
+    lifelong.checkpoint.save(path, {**state, **changes}, kind="learner")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated", "truncated or not a checkpoint"),
+        ("other model", r"is of another model: \['0.bias', '0.weight'.*build the model as it was"),
+        ("other prior", "holds a prior that cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, case, message):
+    other = learner("ewc")
+    other.learn(stream()[0])
+    path = other.save(tmp_path / "c")
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif case == "other prior":
+        spoil(path, prior={"recipe": {}})
+    one = learner("fromp")
+    if case == "other model":
+        one.model = nn.Sequential(nn.Linear(2, 17), nn.Linear(17, 6))
+    before = snapshot(one)
+    with pytest.raises(CheckpointError, match=message):
+        one.load(path)
+    unchanged(one, before)

@@ -1,0 +1,372 @@
+"""Runs: settings, folders, and going on after an interruption with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from lifelong import runs
+from lifelong.benchmarks import BENCHMARKS, benchmark, make_optimizer, make_scheduler, mlp
+from lifelong.config import (
+    BenchmarkName,
+    Experiment,
+    Output,
+    Overrides,
+    PresetName,
+    RunConfig,
+    Training,
+    UsageError,
+    flags_of,
+)
+from lifelong.errors import CheckpointError
+from lifelong.learner import CHECKPOINT
+from lifelong.presets import PRESETS
+
+
+def tiny(**changes: Any) -> RunConfig:
+    """Two moons, two epochs: a second or less."""
+    known = {f.name for f in fields(Experiment)}
+    experiment = Experiment(benchmark="two-moons", prior="finetune")
+    experiment = replace(experiment, **{k: v for k, v in changes.items() if k in known})
+    training = Overrides(epochs=2, batch_size=100)
+    training = replace(training, **{k: v for k, v in changes.items() if k not in known})
+    return RunConfig(experiment, training)
+
+
+def run(folder: Path, config: RunConfig) -> dict[str, Any]:
+    plan = runs.prepare(config)
+    runs.create(plan, folder)
+    return runs.execute(plan, folder)
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+def test_flags_offer_exactly_what_there_is() -> None:
+    assert get_args(PresetName) == tuple(PRESETS)
+    assert get_args(BenchmarkName) == tuple(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_plan(name: Any) -> None:
+    plan = runs.prepare(tiny(prior=name))
+    assert plan.make_prior().recipe.name == name or name in ("weight_decay", "der")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": ("strngth=10",), "prior": "ewc"}, "did you mean 'strength'"),
+        ({"set": ("strength=ten",), "prior": "ewc"}, "expected a number, got 'ten'"),
+        ({"set": ("strength=true",), "prior": "ewc"}, "expected a number, got True"),
+        ({"set": ("online=1",), "prior": "ewc"}, "expected true or false"),
+        ({"set": ("estimator=fast",), "prior": "ewc"}, "expected exact or mc or empirical"),
+        ({"set": ("score=lamda",), "prior": "fromp"}, "expected one of lambda"),
+        ({"set": ("strength=-1",), "prior": "ewc"}, "not negative"),
+        ({"set": ("discount=0.5",), "prior": "ewc"}, "online"),
+        ({"set": ("memory=3",), "memory": 4, "prior": "fromp"}, "not both"),
+        ({"set": ("strength",)}, "NAME=VALUE"),
+        ({"set": ("strength=[",), "prior": "ewc"}, "is not a value"),
+        ({"set": ("strength=1",)}, "there is nothing to set"),
+        ({"memory": 4}, "keeps no chosen examples"),
+        ({"memory": 100_000, "prior": "fromp"}, "more than task"),
+        ({"memory": 0}, "at least 1 example"),
+        ({"scenario": "class"}, "offers domain"),
+        ({"benchmark": "split-mnist"}, "--data DIR"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"momentum": 1.0}, "momentum must lie in"),
+    ],
+)
+def test_wrong_settings_say_what_is_right(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        runs.prepare(tiny(**changes))
+
+
+def test_defaults_then_benchmark_then_flags_then_set() -> None:
+    def arguments(**changes: Any) -> Any:
+        config = tiny(benchmark="fromp-toy", prior="fromp", **changes)
+        return runs.prepare(config).arguments
+
+    assert arguments() == {
+        "strength": 4000,
+        "prior_precision": 1e-4,
+        "jitter": 1e-3,
+        "memory": 20,
+    }
+    assert arguments(memory=6)["memory"] == 6
+    assert arguments(set=("strength=2", "strength=3"))["strength"] == 3
+
+
+def test_one_memory_for_all_tasks_gets_the_same_budget() -> None:
+    assert runs.prepare(tiny(prior="der", memory=7)).arguments["memory"] == 14
+    each = runs.prepare(tiny(prior="der", memory=7, set=("total=false",)))
+    assert each.arguments["memory"] == 7
+    assert runs.prepare(tiny(prior="kprior", memory=7)).arguments["memory"] == 7
+
+
+def test_published_fromp_settings_are_converted() -> None:
+    """strength = tau N and clip = tau clip_published: the same loss, times tau."""
+    split, shuffled = (
+        BENCHMARKS[name].settings("fromp") for name in ("split-mnist", "permuted-mnist")
+    )
+    assert (split.prior["strength"], split.training.clip) == (10 * 12_000, 10 * 0.1)
+    assert shuffled.prior["strength"] == 0.5 * 60_000
+    assert shuffled.training.clip == pytest.approx(0.5 * 0.01)
+
+
+def test_training_flags_override_and_inf_unclips() -> None:
+    base = Training(epochs=5, clip=0.1, momentum=0.5)
+    assert tiny().applied(base) == replace(base, epochs=2, batch_size=100)
+    assert tiny(clip=float("inf")).applied(base).clip is None
+    assert tiny(autocast=True).applied(base).autocast
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one-cycle", "cosine"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_optimizers_and_schedules(optimizer: Any, schedule: Any) -> None:
+    training = Training(lr=0.5, optimizer=optimizer, schedule=schedule)
+    made = make_optimizer(training)(nn.Linear(1, 1).parameters())
+    scheduler = make_scheduler(training)
+    assert isinstance(made, {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer])
+    if schedule == "constant":
+        assert scheduler is None
+        return
+    assert scheduler is not None
+    rates, steps = [], scheduler(made, 10)
+    for _ in range(10):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        steps.step() if len(rates) < 10 else None
+    assert max(rates) == pytest.approx(0.5, rel=0.05)
+    assert rates[-1] < 0.05
+
+
+def test_mlp_has_no_activation_on_its_outputs() -> None:
+    assert [type(layer) for layer in mlp(4, 3, 2)] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+    with pytest.raises(ValueError, match="did you mean 'split-mnist'"):
+        benchmark("split-minst")
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_config_round_trips_as_dict_and_as_toml(tmp_path: Path) -> None:
+    config = tiny(
+        prior="ewc",
+        data=Path('a "quoted" folder'),
+        set=("strength=2.5", "online=true", "estimator=mc"),
+        lr=1e-4,
+        clip=float("inf"),
+    )
+    again = RunConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml())
+    import tyro
+
+    from lifelong.config import RunFlags
+
+    flags = tyro.cli(RunFlags, args=flags_of(path))
+    assert RunConfig(flags.experiment, flags.training).to_dict() == config.to_dict()
+    assert flags.output == Output()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "did you mean 'epochs'"),
+        ("epochs = ", "is not a TOML file"),
+        ("json = 1", "must be true or false"),
+        ("set = 3", "as a table"),
+        ("seed = [1]", "cannot be"),
+        ("resume = 'x'", "no setting 'resume'"),
+    ],
+)
+def test_wrong_config_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        flags_of(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        flags_of(tmp_path / "none.toml")
+
+
+def test_the_folder_holds_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "x"
+    summary = run(folder, tiny(prior="fromp", memory=4, seeds=2, seed=5))
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == [
+        "config.json",
+        "config.toml",
+        "log.txt",
+        "result.json",
+        *(f"seed-{s}/{name}" for s in (5, 6) for name in ("accuracy.json", CHECKPOINT)),
+        "versions.json",
+    ]
+    assert json.loads((folder / "result.json").read_text()) == summary
+    assert {"lifelong", "torch", "python", "numpy", "platform"} <= set(
+        json.loads((folder / "versions.json").read_text())
+    )
+    log = (folder / "log.txt").read_text()
+    assert log.count("task 2, accuracy so far") == 2
+    assert runs.load_config(folder) == tiny(prior="fromp", memory=4, seeds=2, seed=5)
+    accuracy = summary["accuracy"]
+    assert accuracy["mean"] == pytest.approx(sum(accuracy["per_seed"]) / 2)
+    assert accuracy["standard_error"] is not None
+    assert summary["memory_examples"] == 8
+    assert summary["memory_bytes"] > 0
+    assert summary["seeds"] == [5, 6]
+    for matrix, value in zip(summary["matrices"], accuracy["per_seed"], strict=True):
+        assert matrix[0][1] is None
+        assert sum(matrix[-1]) / 2 == pytest.approx(value)
+
+
+def test_a_seed_does_not_depend_on_those_before_it(tmp_path: Path) -> None:
+    both = run(tmp_path / "both", tiny(seeds=2))
+    second = run(tmp_path / "second", tiny(seed=1))
+    assert both["matrices"][1] == second["matrices"][0]
+    assert both["matrices"][0] != both["matrices"][1]
+
+
+def test_another_run_is_never_overwritten(tmp_path: Path) -> None:
+    run(tmp_path / "x", tiny())
+    before = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match=r"finetune on two-moons, 1 of 1 seeds done.*--resume"):
+        run(tmp_path / "x", tiny(prior="ewc"))
+    assert {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        run(tmp_path / "file", tiny())
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run in"):
+        runs.load_config(tmp_path)
+    run(tmp_path / "x", tiny())
+    config = tmp_path / "x" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        runs.load_config(tmp_path / "x")
+    config.write_text(whole.replace('"format": 1', '"format": 2'))
+    with pytest.raises(UsageError, match="newer"):
+        runs.load_config(tmp_path / "x")
+    config.write_text(whole)
+    (tmp_path / "x" / "seed-0" / "accuracy.json").unlink()
+    (tmp_path / "x" / "seed-0" / CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="truncated or not a checkpoint"):
+        runs.execute(runs.prepare(tiny()), tmp_path / "x")
+
+
+def test_versions_that_changed_are_named(tmp_path: Path) -> None:
+    run(tmp_path / "x", tiny())
+    assert runs.changed_versions(tmp_path / "x") == []
+    path = tmp_path / "x" / "versions.json"
+    path.write_text(path.read_text().replace(torch.__version__, "0.9"))
+    assert runs.changed_versions(tmp_path / "x") == [f"torch 0.9 -> {torch.__version__}"]
+
+
+# Interruptions ------------------------------------------------------------------------------------
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+METHODS = ["finetune", "ewc", "si", "fromp", "gradient_reconstruction", "lwf", "derpp", "joint"]
+
+
+@pytest.mark.parametrize("prior", [*METHODS, "separate"])
+def test_resume_equals_an_uninterrupted_run(tmp_path: Path, prior: Any) -> None:
+    """Stopped after each epoch in turn, over two tasks and two seeds."""
+    memory = {"memory": 4} if "memory" in runs.options_of(PRESETS[prior]) else {}
+    config = tiny(prior=prior, seeds=2, schedule="cosine", memory_batch_size=3, **memory)
+    whole = run(tmp_path / "whole", config)
+    plan = runs.prepare(config)
+    runs.create(plan, tmp_path / "parts")
+
+    def stop(event: runs.Event) -> None:
+        if event.accuracies is None:
+            raise Stop
+
+    summary, stops = None, 0
+    while summary is None:
+        assert stops <= plan.steps, "a resumed run made no progress"
+        try:
+            summary = runs.execute(plan, tmp_path / "parts", stop)
+        except Stop:
+            stops += 1
+    assert stops == plan.steps == 8
+    assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_finished_seeds_are_not_run_again(tmp_path: Path) -> None:
+    config = tiny(seeds=2)
+    whole = run(tmp_path / "x", config)
+    for name in ("result.json", "seed-1/accuracy.json", f"seed-1/{CHECKPOINT}"):
+        (tmp_path / "x" / name).unlink()
+    seen: set[int] = set()
+    again = runs.execute(runs.prepare(config), tmp_path / "x", lambda event: seen.add(event.seed))
+    assert seen == {1}
+    assert again["matrices"] == whole["matrices"]
+    assert again["seconds"]["per_seed"][0] == whole["seconds"]["per_seed"][0]
+
+
+def lifelong(*args: str) -> list[str]:
+    return [sys.executable, "-m", "lifelong", "run", *args]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """SIGKILL once the checkpoint of a middle epoch is there, then --resume: the same numbers."""
+    flags = ["--benchmark", "fromp-toy", "--prior", "fromp", "--epochs", "6", "--memory", "4"]
+    flags += ["--batch-size", "200", "--quiet"]
+    whole = subprocess.run(
+        lifelong(*flags, "--out", str(tmp_path / "whole"), "--json"),
+        env=environment(), capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(lifelong(*flags, "--out", str(folder)), env=environment())
+    log, checkpoint = folder / "log.txt", folder / "seed-0" / CHECKPOINT
+    deadline = time.monotonic() + 120
+    saved = 0
+    try:
+        # The next save after the second task was logged: the middle of the third.
+        while saved < 1 and time.monotonic() < deadline and process.poll() is None:
+            if log.is_file() and "task 2," in log.read_text() and checkpoint.is_file():
+                stamp = checkpoint.stat().st_mtime_ns
+                while checkpoint.stat().st_mtime_ns == stamp and process.poll() is None:
+                    time.sleep(0.001)
+                saved += 1
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+    resumed = subprocess.run(
+        lifelong("--resume", str(folder), "--json"),
+        env=environment(), capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    expected, found = json.loads(whole.stdout), json.loads(resumed.stdout)
+    assert "resumed after" in log.read_text()
+    for key in expected.keys() - {"seconds", "out"}:
+        assert found[key] == expected[key], key
