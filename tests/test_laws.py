@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_add_glm(name: str, split: Split) -> None:
 @pytest.mark.parametrize("name", ["logistic", "poisson"])
 def test_the_error_falls_as_memory_grows(name: str) -> None:
     errors = laws.partial_memory(GLMS[name], (0.0, 0.05, 0.1, 0.25, 0.5, 1.0), seeds=2)
-    assert all(more < 1.02 * less for less, more in zip(errors, errors[1:], strict=False))
+    assert all(more < 1.02 * less for less, more in pairwise(errors))
     assert errors[0] > 1e-3, "the quadratic alone is exact here, so nothing is tested"
     assert errors[4] < 0.75 * errors[0]
     assert errors[5] < 9e-7
@@ -185,7 +186,7 @@ def test_remove_an_item_whatever_it_counts(population: bool, strength: float) ->
 @pytest.mark.parametrize("preset", ["si", "fromp"])
 def test_priors_that_mix_examples_do_not_forget(preset: str) -> None:
     case = NETWORKS["mlp Categorical"]
-    model, prior = laws.learn(PRESETS[preset](case.likelihood, **SMALL.get(preset, {})), case, tasks=1)
+    model, prior = updated(small(preset), case, tasks=1)
     with pytest.raises(ValueError, match="cannot forget single examples"):
         prior.forget(model, case.data[0][:2])
 
@@ -524,9 +525,7 @@ def test_a_call_that_raises_changes_nothing(preset: str) -> None:
     case, model = NETWORKS["mlp Categorical heads"], moody()
     path = lifelong.PathIntegral(model, torch.optim.SGD(parameters(model).values(), lr=0.1))
     data = case.data[0]
-    prior = small(preset).update(
-        model, data, path=path, generator=torch.Generator().manual_seed(0)
-    )
+    prior = small(preset).update(model, data, path=path, generator=torch.Generator().manual_seed(0))
     before = deepcopy(prior.state_dict())
     generator = torch.Generator().manual_seed(0)
     wrong = replace(data, labels=data.labels + 2)  # outside of the head
@@ -649,13 +648,9 @@ ONE_TASK = "distils on the new inputs alone, which stand for one task"
 ewc = Row(lifelong.ewc, ORTHOGONAL)
 online_ewc = Row(lifelong.online_ewc, ORTHOGONAL)
 laplace = Row(lambda f: lifelong.online_laplace(f, precision=P), ORTHOGONAL)
-laplace_dense = Row(
-    lambda f: lifelong.online_laplace(f, structure="dense", precision=P), GAUSSIAN
-)
+laplace_dense = Row(lambda f: lifelong.online_laplace(f, structure="dense", precision=P), GAUSSIAN)
 # As many examples as weights span the features, so that the kernel knows all directions.
-fromp = Row(
-    lambda f: lifelong.fromp(f, memory=4, prior_precision=1e-12, jitter=1e-13), ORTHOGONAL
-)
+fromp = Row(lambda f: lifelong.fromp(f, memory=4, prior_precision=1e-12, jitter=1e-13), ORTHOGONAL)
 reconstruction = Row(
     lambda f: lifelong.gradient_reconstruction(f, memory=5, replay=0.4, precision=P), ORTHOGONAL
 )

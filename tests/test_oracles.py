@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,7 +229,7 @@ def test_the_exact_fisher_is_the_expectation_over_labels() -> None:
 @settings(max_examples=8)
 @given(features=st.integers(1, 4), seed=st.integers(0, 100))
 def test_online_laplace_is_recursive_bayes_on_linear_regression(features: int, seed: int) -> None:
-    """Lambda <- Lambda + XᵀX / sigma²,  m <- Lambda⁻¹ (Lambda m + Xᵀy / sigma²), from N(0, I/delta)."""
+    """Lambda <- Lambda + XᵀX / sigma²,  m <- Lambda⁻¹ (Lambda m + Xᵀy / sigma²), from I delta."""
     delta, likelihood = 0.4, Gaussian(0.7)
     heads = (None,) * 3
     data = cases.draw(likelihood, (features,), 1, size=6, heads=heads, seed=seed)
@@ -274,7 +273,9 @@ def test_an_anchor_for_each_task_is_not_bayes() -> None:
 
 @pytest.mark.parametrize("name", [case.name for case in cases.glms()])
 @pytest.mark.parametrize("memory", [0, 6, None])
-def test_the_error_of_a_kprior_is_the_sum_over_those_left_out(name: str, memory: int | None) -> None:
+def test_the_error_of_a_kprior_is_the_sum_over_those_left_out(
+    name: str, memory: int | None
+) -> None:
     """grad base - grad K = sum over the forgotten of phi (h(f) - h(f*)), at every weight."""
     case = {c.name: c for c in cases.glms()}[name]
     prior = lifelong.kprior(case.likelihood, precision=0.5, memory=memory)
@@ -288,7 +289,10 @@ def test_the_error_of_a_kprior_is_the_sum_over_those_left_out(name: str, memory:
         error = torch.zeros_like(base)
         if len(left):
             mask = head_mask(data.head, len(anchor.bias))  # type: ignore[arg-type]
-            mean = [case.likelihood.mean(case.likelihood.mask(m(left.inputs), mask)) for m in (model, anchor)]
+            mean = [
+                case.likelihood.mean(case.likelihood.mask(m(left.inputs), mask))
+                for m in (model, anchor)
+            ]
             j = flatten(jacobian(model, left.inputs))
             error = torch.einsum("ncp,nc->p", j, (mean[0] - mean[1]).detach())
         gap = base - laws.slope(model, kprior(model)) - error
@@ -375,7 +379,7 @@ def test_distillation_is_the_ggn_to_second_order(name: str) -> None:
 def walk(
     case: Case, prior: Prior, *, lr: float, length: float
 ) -> tuple[nn.Module, nn.Module, lifelong.PathIntegral]:
-    """(start, end, path) of gradient descent on nll.mean() + prior / n for ``length`` / lr steps."""
+    """(start, end, path) of gradient descent on nll.mean() + prior / n, ``length`` / lr steps."""
     start, data = case.make_model(0), case.data[0]
     model = laws.moved(start, by=0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -397,7 +401,9 @@ def test_the_path_integral_is_the_loss_that_was_won(precision: float) -> None:
     for lr in (0.02, 0.01):
         start, end, path = walk(SHARED, prior, lr=lr, length=2.0)
         data = SHARED.data[0]
-        before, now = (laws.nats(SHARED.likelihood, m, data).item() / len(data) for m in (start, end))
+        before, now = (
+            laws.nats(SHARED.likelihood, m, data).item() / len(data) for m in (start, end)
+        )
         omega = sum(float(v.sum()) for v in path.omega.values())
         assert before - now > 0.01
         gaps.append(abs(omega - (before - now)) / (before - now))

@@ -40,8 +40,7 @@ def run_progress(plan: Plan, *, quiet: bool) -> Iterator[Watch | None]:
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=10),
-        TextColumn("{task.percentage:>3.0f} %"),
+        BarColumn(bar_width=8),
         _TimeLeft(),
         console=console,
         transient=True,
@@ -69,7 +68,7 @@ class _Bar:
     def __call__(self, event: Event) -> None:
         plan, at = self.plan, event.progress
         if event.accuracies is not None:
-            self.accuracy = f" · accuracy {_percent(event.accuracies)} %"
+            self.accuracy = f" · acc {_percent(event.accuracies)} %"
             self.progress.console.print(_task_line(plan, event), highlight=False)
             return
         text = f"{_place(plan, event)} · epoch {at.epoch}/{at.epochs} · loss {at.loss:.2f}"

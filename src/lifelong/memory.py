@@ -116,9 +116,9 @@ class Memory:
             return None
         if n < 1:
             raise ValueError(f"a memory batch needs at least one item, got batch_size={n}")
-        # Of n m places, stretch i holds m from i m on, and each item n of all: exact in integers.
-        places = torch.arange(0, n * m, m) + torch.randint(m, (n,), generator=generator)
-        return places.div_(n, rounding_mode="floor").to(self.labels.device)
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        places = torch.arange(n, dtype=torch.float64).add_(u).mul_(m / n)
+        return places.long().clamp_(max=m - 1).to(self.labels.device)
 
     def scaled(self, factor: float) -> Memory:
         """The same items, believed ``factor`` times as much."""

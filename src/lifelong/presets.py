@@ -190,6 +190,7 @@ def gradient_reconstruction(
     function: bool = True,
     replay: float = 0.0,
     blend: float = 0.0,
+    population: bool = True,
     strength: float = 1.0,
     structure: Literal["diagonal", "dense"] = "diagonal",
     gradient: Gradient = "stationary",
@@ -199,12 +200,15 @@ def gradient_reconstruction(
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
-        strength ½ <d, G d> + sum_M1 KL(p* ‖ p) + sum_M2 l(y, f),   G of the examples not kept.
+        strength ½ <d, G d> + w sum_M1 KL(p* ‖ p) + w sum_M2 l(y, f),   G of the examples not kept.
 
     weight, function: leave out a part. replay: this fraction of the memory is kept by its true
     label (M2), the rest by soft labels (M1). blend: every item mixes, (1 - blend) soft and blend
     true. gradient: "stored" also keeps g, which is exact at anchors that are no minimum and costs
-    one more pass.
+    one more pass. population: an item stands for w = N / M examples of its task; False counts
+    every past example's curvature exactly once (w = 1). The two agree where all is kept. With a
+    small memory and a diagonal G, w = 1 leaves nearly everything to G, which a diagonal carries
+    badly: it forgets more (docs/which-prior.md has the figures).
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -226,6 +230,7 @@ def gradient_reconstruction(
         gradient=gradient,
         memory=memory if soft or hard or fraction else 0,
         score=score,
+        population=population,
         soft=soft,
         hard=hard,
         replay_fraction=fraction,

@@ -234,7 +234,9 @@ class Completed:
     def __call__(self, model: nn.Module) -> Tensor:
         params, anchor = parameters(model), self.weight.anchor
         # A regulariser round 0 covers every trainable parameter, also those without an anchor.
-        if params.keys() != anchor.keys() or any(params[n].shape != anchor[n].shape for n in anchor):
+        if params.keys() != anchor.keys() or any(
+            params[n].shape != anchor[n].shape for n in anchor
+        ):
             return self.regulariser(model) + self.weight(model)
         return self.weight.value({n: params[n] for n in anchor}, self.parts) + self.constant
 

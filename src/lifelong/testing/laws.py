@@ -574,7 +574,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "parameter hooks": {n: list(p._backward_hooks or ()) for n, p in named.items()},
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
         "torch's random state": torch.get_rng_state(),
-        "numpy's random state": np.random.get_state()[1],  # noqa: NPY002
+        "numpy's random state": np.random.get_state()[1],
         "Python's random state": random.getstate(),
     }
 
