@@ -62,7 +62,10 @@ def no_leaks() -> Iterator[None]:
     before = _global_state()
     yield
     after = _global_state()
-    leaked = [
+    # Names alone: a value of the environment may be a secret.
+    variables = before.pop("environment").items() ^ after.pop("environment").items()
+    leaked = [f"environment variable {name}" for name in sorted({name for name, _ in variables})]
+    leaked += [
         f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]
     ]
     if leaked:

@@ -50,9 +50,9 @@ examples:
 """
 
 RUN = """\
-Train one method on one benchmark, and keep settings, results and checkpoints in a folder.
-
-A run that was interrupted goes on with --resume, and ends with the same numbers."""
+Train one method on one benchmark, and keep settings, results and checkpoints in
+a folder. A run that was interrupted goes on with --resume, and ends with the
+same numbers."""
 
 RUN_EXAMPLES = """
 examples:
@@ -64,11 +64,13 @@ examples:
 """
 
 DEMO = """\
-Learn scikit-learn's handwritten digits in five tasks of two digits each, seen once.
+Learn scikit-learn's handwritten digits in five tasks of two digits each, seen
+once.
 
-The same network learns them with nothing, with three priors, and on everything at once; twice: told
-which two digits to choose from (task-incremental), and choosing from all ten (class-incremental).
-Prints one table for each and writes a page with pictures. About a minute on two cores."""
+The same network learns them with nothing, with three priors, and on everything
+at once; first told which two digits to choose from (task-incremental), then
+choosing from all ten (class-incremental). Prints one table for each and writes
+a page with pictures. Takes about a minute."""
 
 DEMO_EXAMPLES = """
 examples:
@@ -124,12 +126,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _parse(kind: type[Flags], prog: str, about: str, examples: str, args: list[str]) -> Flags:
+    wants_help = not {"-h", "--help"}.isdisjoint(args)
+    if wants_help:
+        sys.stdout.write(about + "\n\n")  # tyro would not break its lines
     try:
-        return tyro.cli(kind, prog=prog, description=about, args=args)
-    except SystemExit as stop:
-        if stop.code == 0:
+        return tyro.cli(kind, prog=prog, description="", args=args)
+    finally:
+        if wants_help:
             sys.stdout.write(examples)
-        raise
 
 
 # run ----------------------------------------------------------------------------------------------

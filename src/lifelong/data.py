@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
 from .errors import NotRepeatableError
-from .models import Inputs, rows, take
+from .models import Inputs, move, rows, take
 
 Head = tuple[int, ...]
 BATCH_SIZE = 512  # of passes that take no training step; the result does not depend on it
@@ -28,6 +28,10 @@ class Batch(NamedTuple):
     inputs: Inputs
     labels: Tensor
     ids: Tensor
+
+    def to(self, device: Any) -> Batch:
+        """On the device of the model that is to read it."""
+        return Batch(move(self.inputs, device), self.labels.to(device), self.ids.to(device))
 
 
 @dataclass(frozen=True, eq=False)

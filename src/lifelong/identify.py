@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of
 from .jacobians import leverage
 from .likelihoods import Likelihood
-from .models import Params, evaluating, forward, require_finite
+from .models import Params, device_of, evaluating, forward, require_finite
 
 ScoreName = Literal["lambda", "leverage", "residual", "random"]
 Score = ScoreName | Callable[[Tensor, Tensor], Tensor]
@@ -94,6 +94,7 @@ def identify(
     head, parts = head_of(data, head), []
     with evaluating(model):
         for batch in batches(data, batch_size):
+            batch = batch.to(device_of(model))
             # The number of outputs is known only after a forward.
             f = outputs(model, batch, likelihood, None)
             mask = head_mask(head, f.shape[1], f.device)

@@ -70,6 +70,11 @@ class Likelihood(Protocol):
         ...
 
 
+def _beside(f: Tensor, generator: torch.Generator | None) -> Tensor:
+    """``f`` on the generator's device: one CPU generator can serve a model anywhere."""
+    return f if generator is None else f.to(generator.device)
+
+
 def _no_mask(f: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if mask is not None:
         raise ValueError(
@@ -136,7 +141,8 @@ class Categorical:
         return (log_ref.exp() * (log_ref - log_p)).sum(-1)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.multinomial(self.mean(f), 1, generator=generator).squeeze(-1)
+        p = self.mean(_beside(f, generator))
+        return torch.multinomial(p, 1, generator=generator).squeeze(-1).to(f.device)
 
     def validate(self, f: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         if f.ndim != 2:
@@ -220,7 +226,7 @@ class Bernoulli:
         return (p * yes + (1 - p) * no).sum(-1)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.bernoulli(self.mean(f), generator=generator)
+        return torch.bernoulli(self.mean(_beside(f, generator)), generator=generator).to(f.device)
 
     def validate(self, f: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         _no_mask(f, mask, "Bernoulli")
@@ -277,8 +283,9 @@ class Gaussian:
         return 0.5 * self._precision * (f - f_ref).square().sum(-1)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=f.device)
-        return f + self.noise_sd * noise
+        beside = _beside(f, generator)
+        noise = torch.randn(f.shape, generator=generator, dtype=f.dtype, device=beside.device)
+        return f + self.noise_sd * noise.to(f.device)
 
     def validate(self, f: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         _no_mask(f, mask, "Gaussian")
@@ -323,7 +330,7 @@ class Poisson:
         return (f_ref.exp() * (torch.expm1(gap) - gap)).sum(-1)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.poisson(f.exp(), generator=generator)
+        return torch.poisson(_beside(f, generator).exp(), generator=generator).to(f.device)
 
     def validate(self, f: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         _no_mask(f, mask, "Poisson")

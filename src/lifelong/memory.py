@@ -21,7 +21,7 @@ from . import select
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
 from .identify import Score, outputs, score_batch
 from .likelihoods import Likelihood
-from .models import Inputs, Params, concat, evaluating, forward, move, nbytes, rows, take
+from .models import Inputs, Params, concat, device_of, evaluating, forward, move, nbytes, rows, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ def reference_outputs(model: nn.Module, inputs: Inputs, batch_size: int = BATCH_
     """f (N, C) in eval mode and without gradients, a batch at a time."""
     with evaluating(model), torch.no_grad():
         parts = [
-            forward(model, take(inputs, slice(i, i + batch_size)))
+            forward(model, move(take(inputs, slice(i, i + batch_size)), device_of(model)))
             for i in range(0, rows(inputs), batch_size)
         ]
     f = torch.cat(parts)
@@ -322,6 +322,7 @@ class _Pass:
     def __iter__(self) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
         with evaluating(self.model):
             for batch in batches(self.data, self.batch_size):
+                batch = batch.to(device_of(self.model))
                 # The number of outputs is known only after a forward.
                 f = outputs(self.model, batch, self.likelihood, None)
                 mask = head_mask(self.head, f.shape[1], f.device)
@@ -338,11 +339,15 @@ def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
     """Every example, or those with the given ids."""
     parts = []
     for batch, f, _ in passing:
-        index = slice(None) if ids is None else torch.isin(batch.ids, ids).nonzero().squeeze(1)
+        index = (
+            slice(None)
+            if ids is None
+            else torch.isin(batch.ids, ids.to(batch.ids.device)).nonzero().squeeze(1)
+        )
         parts.append(passing.items(batch, f, index))
     found = parts[0].add(*parts[1:])
     if ids is not None:
-        missing = ids[~torch.isin(ids, found.origin)]
+        missing = ids[~torch.isin(ids, found.origin.to(ids.device))]
         if len(missing):
             raise ValueError(f"ids {missing[:10].tolist()} are not in the data")
     return found

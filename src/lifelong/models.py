@@ -52,6 +52,11 @@ def parameters(
     }
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def snapshot(params: Mapping[str, Tensor]) -> Params:
     """A detached copy: the anchor theta*."""
     return {name: p.detach().clone() for name, p in params.items()}

@@ -23,7 +23,7 @@ class PathIntegral:
     model, optimizer: what is trained. prior: the prior whose gradient is in ``p.grad`` beside
     the data's and is taken out of it, since omega is of the data alone; num_data: what the prior
     was divided by in the loss. omega is kept in nats: the loss is a mean over num_data.
-    The gradient is seen as the optimiser sees it: after clipping, where there is clipping.
+    The gradient is taken as backward leaves it, before any clipping: the path is that of the loss.
     """
 
     def __init__(
@@ -46,7 +46,16 @@ class PathIntegral:
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
+        for n, p in parameters(self._model).items():
+            self._handles.append(p.register_post_accumulate_grad_hook(self._keeper(n)))
         return self
+
+    def _keeper(self, name: str) -> Callable[[Tensor], None]:
+        def keep(p: Tensor) -> None:
+            if p.grad is not None:
+                self._slope[name] = p.grad.detach().clone()
+
+        return keep
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
@@ -77,8 +86,9 @@ class PathIntegral:
     def _before_step(self, *_: Any) -> None:
         params = parameters(self._model)
         self._before = snapshot(params)
+        # No gradient: an unused head, or zeroed without a backward pass since.
         self._slope = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+            n: torch.zeros_like(p) if p.grad is None or n not in self._slope else self._slope[n]
             for n, p in params.items()
         }
         if self._prior is None:
@@ -95,3 +105,4 @@ class PathIntegral:
     def _after_step(self, *_: Any) -> None:
         for n, p in parameters(self._model).items():
             self.omega[n] = self.omega[n] - self._slope[n] * (p.detach() - self._before[n])
+        self._slope = {}

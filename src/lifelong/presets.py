@@ -304,7 +304,8 @@ def derpp(
 ) -> Prior:
     r"""DER++ (Buzzega 2020): (N / M) sum_memory alpha ½ ‖f - f*‖² + beta l(y, f).
 
-    Both parts share one forward pass over the same items; the paper draws two batches.
+    Departs from the paper: both parts share one forward pass over the same items, where it draws
+    two batches; else as ``der``.
     """
     require_strength("alpha", alpha)
     require_strength("beta", beta)

@@ -22,12 +22,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import adapt, divergences, likelihoods, recall
+from . import adapt, checkpoint, divergences, likelihoods, recall
 from .curvature import Curvature, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
@@ -82,6 +83,13 @@ class Prior:
     num_tasks: int = 0
     heads: tuple[Head | None, ...] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.likelihood, type) or not isinstance(self.likelihood, Likelihood):
+            raise TypeError(
+                f"expected a likelihood such as Categorical(), got {self.likelihood!r}"
+                + ("; add the parentheses" if isinstance(self.likelihood, type) else "")
+            )
+
     # ---------------------------------------------------------------- value
 
     def __call__(
@@ -121,8 +129,13 @@ class Prior:
         batch. A model with modules that act differently in training (dropout, batch
         normalisation) takes two passes, so that the memory is still read in eval mode.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
-        another type; StaleAnchorError as calling the prior does.
+        another type, and for a num_data that is not positive; StaleAnchorError as calling the
+        prior does.
         """
+        if not num_data > 0:
+            raise ValueError(
+                f"num_data must be the number of examples of the task at hand, got {num_data}"
+            )
         drawn, n = self._draw(batch_size, generator), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
         if not drawn or _mode_matters(model):
@@ -584,6 +597,18 @@ class Prior:
         return replace(self, terms=terms, curvature=curvature)
 
     # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the prior to one safetensors file, atomically; ``Prior.load`` reads it.
+
+        Raises OSError where the folder cannot be written; an old file is then left as it was.
+        """
+        return checkpoint.save(path, self.state_dict(), kind="prior")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prior:
+        """What ``save`` wrote, on the CPU. Raises FileNotFoundError, CheckpointError."""
+        return cls.from_state_dict(checkpoint.load(path, kind="prior"))
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""

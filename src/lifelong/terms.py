@@ -259,15 +259,16 @@ class Completed:
 
 def complete(terms: Iterable[Any]) -> list[WeightSpaceTerm]:
     """The weight-space terms among ``terms``, a regulariser and a weight term as one."""
-    held = [t for t in terms if isinstance(t, (Regulariser, WeightTerm))]
+    held: list[Any] = [t for t in terms if isinstance(t, (Regulariser, WeightTerm))]
     regulariser = next((t for t in held if isinstance(t, Regulariser) and t.precision), None)
     weight = next((t for t in held if isinstance(t, WeightTerm)), None)
     if regulariser is None or weight is None:
         return held
     if regulariser.mean is not None and regulariser.mean.keys() != weight.anchor.keys():
         return held
-    rest = [t for t in held if t is not regulariser and t is not weight]
-    return [Completed(regulariser, weight), *rest]
+    held.remove(regulariser)  # once: in p + p the same term occurs twice
+    held.remove(weight)
+    return [Completed(regulariser, weight), *held]
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ from ..models import forward, parameters, snapshot
 from ..path import PathIntegral
 from ..prior import Prior
 from ..recipe import Gradient, Recipe, Structure
-from ..terms import KernelTerm, MemoryTerm, Regulariser
+from ..terms import FunctionSpaceTerm, KernelTerm, MemoryTerm, Regulariser
 from .cases import Case, First, Split, build
 from .reference import flatten, ggn, jacobian, minimise
 
@@ -416,22 +416,22 @@ def identical(a: Prior, b: Prior, model: nn.Module, *, constant: bool = False) -
 
 
 def unbiased(
-    term: MemoryTerm | KernelTerm, model: nn.Module, likelihood: Likelihood, batch_size: int
+    term: FunctionSpaceTerm, model: nn.Module, likelihood: Likelihood, batch_size: int
 ) -> float:
     """Law 11: the mean over all equally likely mini-batches = the full value and gradient.
 
-    Draws until each possible one was seen. For memories in which ``batch_size`` divides the number
-    of items, so that all draws are equally likely; raises ValueError elsewhere.
+    Draws until each possible one was seen. A ``KernelTerm`` draws whole blocks. Of the others
+    ``batch_size`` must divide the number of items, so that all draws are equally likely; raises
+    ValueError elsewhere, and where not all were seen.
     """
     size = len(term.memory)
-    if isinstance(term, MemoryTerm):
-        if size % batch_size:
-            raise ValueError(f"{batch_size} items a batch do not divide {size}; use unbiased_z")
-        possible = (size // batch_size) ** batch_size
-    else:
+    if isinstance(term, KernelTerm):
         count = len(term.blocks)
-        wanted = max(1, min(count, batch_size * count // size))
-        possible = math.comb(count, wanted)
+        possible = math.comb(count, max(1, min(count, batch_size * count // size)))
+    elif size % batch_size:
+        raise ValueError(f"{batch_size} items a batch do not divide {size}; use unbiased_z")
+    else:
+        possible = (size // batch_size) ** batch_size
     generator = torch.Generator().manual_seed(0)
     seen: dict[Any, tuple[Tensor, Tensor]] = {}
     for _ in range(100 * possible):
@@ -557,6 +557,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def _state(model: nn.Module) -> dict[str, Any]:
     named = dict(model.named_parameters())
+    numpy_state: Any = np.random.get_state()
     return {
         "modes": {n: m.training for n, m in model.named_modules()},
         "parameters": {n: p.detach().clone() for n, p in named.items()},
@@ -574,7 +575,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "parameter hooks": {n: list(p._backward_hooks or ()) for n, p in named.items()},
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
         "torch's random state": torch.get_rng_state(),
-        "numpy's random state": np.random.get_state()[1],
+        "numpy's random state": numpy_state[1],
         "Python's random state": random.getstate(),
     }
 
