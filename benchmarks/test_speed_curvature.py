@@ -18,7 +18,7 @@ from .conftest import Compare
 from .ratios import Work
 
 # How many examples, so that a round takes seconds; the cost of both sides is linear in it.
-EXAMPLES = {"MLP 784-256-256-10": 10_000, "small CNN": 2_000, "CifarNet": 512}
+EXAMPLES = {"MLP 784-256-256-10": 10_000, "small CNN": 512, "CifarNet": 128}
 CURVATURE: dict[str, Callable[[nn.Module, Examples], object]] = {
     "exact": lambda model, data: diagonal_curvature(model, data, Categorical()),
     "mc": lambda model, data: diagonal_curvature(model, data, Categorical(), estimator="mc"),

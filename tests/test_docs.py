@@ -426,6 +426,7 @@ def test_lambda_tau_and_temperature_of_gradient_reconstruction() -> None:
     prior = lifelong.gradient_reconstruction(
         CATEGORICAL,
         memory=8,
+        population=False,
         replay=0.5,
         gradient="anchored",
         strength=strength,

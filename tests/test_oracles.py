@@ -90,7 +90,9 @@ def test_fromp_with_k_the_identity_is_half_a_square(case: Case) -> None:
 def test_fromp_gradient_by_a_jacobian_for_each_task_and_class(case: Case) -> None:
     """sum_s sum_c A(w)ᵀ K⁻¹ Dm with K = A* Sigma A*ᵀ + eps I, as the published code computes it."""
     delta, jitter = 0.1, 1e-4
-    prior = lifelong.fromp(case.likelihood, memory=4, prior_precision=delta, jitter=jitter)
+    prior = lifelong.fromp(
+        case.likelihood, memory=4, strength=1.0, prior_precision=delta, jitter=jitter
+    )
     prior = after(prior, case)
     anchor = models(case)[-1]
     model = laws.moved(anchor)
@@ -117,7 +119,7 @@ def test_fromp_gradient_by_a_jacobian_for_each_task_and_class(case: Case) -> Non
 
 
 def test_fromp_counts_a_head_of_two_classes_twice() -> None:
-    prior = after(lifelong.fromp(HEADS.likelihood, memory=4), HEADS)
+    prior = after(lifelong.fromp(HEADS.likelihood, memory=4, strength=1.0), HEADS)
     model = laws.moved(models(HEADS)[-1])
     term = kernel_term(prior)
     for block, data in zip(term.blocks, remembered(term, HEADS), strict=True):
@@ -131,7 +133,7 @@ def test_fromp_counts_a_head_of_two_classes_twice() -> None:
 @by_head
 @pytest.mark.parametrize("kernel", ["gp", "identity"])
 def test_fromp_is_zero_and_flat_at_the_start_of_a_task(case: Case, kernel: str) -> None:
-    prior = lifelong.fromp(case.likelihood, memory=4, kernel=kernel)  # type: ignore[arg-type]
+    prior = lifelong.fromp(case.likelihood, memory=4, strength=1.0, kernel=kernel)  # type: ignore[arg-type]
     prior, anchor = after(prior, case), models(case)[-1]
     assert float(prior(anchor).detach()) < 1e-20
     other = laws.moved(anchor)
@@ -149,7 +151,9 @@ def test_fromp_of_a_linear_model_with_a_spanning_memory_is_the_weight_space_quad
     delta, likelihood = 0.3, Gaussian(0.7)
     (data,) = cases.draw(likelihood, (features,), 1, size=8, heads=(None,), seed=seed)
     model = cases.linear(features, 1, bias=False)(seed)
-    prior = lifelong.fromp(likelihood, memory=features, prior_precision=delta, jitter=1e-14)
+    prior = lifelong.fromp(
+        likelihood, memory=features, strength=1.0, prior_precision=delta, jitter=1e-14
+    )
     x = lifelong.memorise(model, data, likelihood, size=features).inputs
     if float(torch.linalg.cond(x)) > 100:  # type: ignore[arg-type]
         return

@@ -149,3 +149,18 @@ def test_a_population_stands_for_the_whole_task():
     prior = after(lifelong.kprior(Categorical(), memory=8, population=True), net())
     assert prior.memory is not None
     assert torch.allclose(prior.memory.soft_weight, torch.tensor(2.5).double())
+
+
+def test_the_default_strength_of_fromp_is_tau_one() -> None:
+    """strength None: N, the mean number of examples of a task so far, at every update."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    sizes = (20, 40)
+    priors = [lifelong.fromp(Categorical(), memory=4, strength=s) for s in (None, 1.0)]
+    for count, size in enumerate(sizes, start=1):
+        data = lifelong.Examples(torch.randn(size, 3), torch.arange(size) % 2)
+        priors = [prior.update(model, data) for prior in priors]
+        with torch.no_grad():
+            model.weight += 0.1 * torch.randn(2, 3)
+        default, bayes = (prior(model).detach() for prior in priors)
+        torch.testing.assert_close(default, bayes * sum(sizes[:count]) / count)

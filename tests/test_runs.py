@@ -61,7 +61,7 @@ def test_flags_offer_exactly_what_there_is() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_plan(name: Any) -> None:
     plan = runs.prepare(tiny(prior=name))
-    assert plan.make_prior().recipe.name == name or name in ("weight_decay", "der")
+    assert plan.make_prior().recipe.name == name
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,14 @@ def test_defaults_then_benchmark_then_flags_then_set() -> None:
     }
     assert arguments(memory=6)["memory"] == 6
     assert arguments(set=("strength=2", "strength=3"))["strength"] == 3
+
+
+def test_separate_networks_count_as_memory() -> None:
+    plan = runs.prepare(tiny(prior="separate"))
+    summary = runs.execute(plan)
+    network = plan.benchmark.make_model(plan.stream.num_outputs)
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    assert summary["memory_bytes"] == len(plan.stream) * size
 
 
 def test_one_memory_for_all_tasks_gets_the_same_budget() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -269,43 +269,66 @@ def memorise(
         balanced = per_class and labels.ndim == 1 and not labels.is_floating_point()
         return labels if balanced else None
 
-    def best(keys: Tensor, labels: Tensor) -> Tensor:
-        return select.candidates(keys, classes(labels), size, descending=descending)
-
-    pool: Memory | None = None
-    keys = torch.empty(0)
+    pool: _Pool | None = None
     for batch, f, mask in passing:
-        masked = likelihood.mask(f, mask)
-        new_keys = score_batch(
+        keys = score_batch(
             score,  # type: ignore[arg-type]
             model,
             batch,
-            masked,
+            likelihood.mask(f, mask),
             likelihood,
             mask=mask,
             variance=variance,
             generator=generator,
         ).detach()
+        labels = batch.labels
+        start = 0
+        if pool is not None:
+            start = len(pool.keys)
+            keys, labels = torch.cat([pool.keys, keys]), torch.cat([pool.labels, labels])
+        kept = select.candidates(keys, classes(labels), size, descending=descending)
         # Only newcomers that could be chosen are copied out of the batch.
-        rows_ = best(new_keys, batch.labels)
-        found = passing.items(batch, f, rows_)
+        newcomers = kept[kept >= start] - start
         if pool is None:
-            pool, keys = found, new_keys[rows_]
-            continue
-        labels = torch.cat([pool.labels, found.labels])
-        keys = torch.cat([keys, new_keys[rows_]])
-        kept = best(keys, labels)
-        if bool((kept >= len(pool)).any()):  # a newcomer is among the best
-            pool, keys = pool.add(found)[kept], keys[kept]
-        else:
-            keys = keys[: len(pool)]
+            pool = _Pool([], torch.empty(0, dtype=torch.int64), keys, labels)
+        if len(newcomers):
+            survivors = kept[kept < start]
+            found = passing.items(batch, f, newcomers)
+            pool = pool.add(found, survivors, keys[kept], labels[kept], 4 * size)
     if pool is None:  # batches() raises before; this tells the type checker so
         raise ValueError("the data hold no examples")
     labels = classes(pool.labels)
     if labels is None:
-        return pool[select.top_k(keys, size, descending=descending)]
-    chosen = select.per_class(keys, labels, size, descending=descending)
-    return pool[chosen[torch.sort(labels[chosen], stable=True).indices]]
+        return pool.take(select.top_k(pool.keys, size, descending=descending))
+    chosen = select.per_class(pool.keys, labels, size, descending=descending)
+    return pool.take(chosen[torch.sort(labels[chosen], stable=True).indices])
+
+
+class _Pool(NamedTuple):
+    """Candidates so far: their keys (K,) and labels, and their places (K,) among the rows of parts.
+
+    Rows of candidates that were outdone stay until there are many, so that few are copied twice.
+    """
+
+    parts: list[Memory]
+    places: Tensor
+    keys: Tensor
+    labels: Tensor
+
+    def add(
+        self, found: Memory, survivors: Tensor, keys: Tensor, labels: Tensor, most: int
+    ) -> _Pool:
+        """With newcomers behind the ``survivors``; all rows once there are more than ``most``."""
+        total = sum(len(part) for part in self.parts)
+        places = torch.cat([self.places[survivors], total + torch.arange(len(found))])
+        pool = _Pool([*self.parts, found], places, keys, labels)
+        if total + len(found) <= most:
+            return pool
+        every = pool.take(torch.arange(len(places)))
+        return pool._replace(parts=[every], places=torch.arange(len(places)))
+
+    def take(self, index: Tensor) -> Memory:
+        return self.parts[0].add(*self.parts[1:])[self.places[index]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ def fromp(
     likelihood: Likelihood,
     *,
     memory: int = 200,
-    strength: float = 1.0,
+    strength: float | None = None,
     prior_precision: float = 1e-3,
     jitter: float = 1e-6,
     kernel: Literal["gp", "identity"] = "gp",
@@ -161,12 +161,15 @@ def fromp(
     (score="random": FRORP; descending=False: the least memorable). kernel="identity": FROMP-L2.
     prior_precision: delta of the covariance (F + delta)⁻¹ that builds K.
 
-    ``strength`` is in nats: the released code's tau divides the mean loss, so strength = tau N.
+    ``strength`` is in nats, and 1 is the functional prior as Bayes' rule has it. The released code
+    is far stronger: its tau divides the mean loss, so strength = tau N with tau from 0.5 to 10.
+    None, the default, is tau = 1: strength = N, the mean number of examples of a task so far.
     Departs from that code: the gradient is one vector-Jacobian product of the scalar, not a
     Jacobian for each class and task; jitter is never below the rounding error of K; the places
     that classes leave over are filled.
     """
-    require_strength("strength", strength)
+    if strength is not None:
+        require_strength("strength", strength)
     recipe = Recipe(
         "fromp",
         structure="diagonal" if kernel == "gp" else None,
@@ -174,7 +177,8 @@ def fromp(
         memory=memory,
         score=score,
         descending=descending,
-        soft=strength,
+        population=strength is None,
+        soft=1.0 if strength is None else strength,
         kernel=kernel,
         kernel_precision=prior_precision,
         jitter=jitter,
@@ -208,7 +212,7 @@ def gradient_reconstruction(
     one more pass. population: an item stands for w = N / M examples of its task; False counts
     every past example's curvature exactly once (w = 1). The two agree where all is kept. With a
     small memory and a diagonal G, w = 1 leaves nearly everything to G, which a diagonal carries
-    badly: it forgets more (docs/which-prior.md has the figures).
+    badly, and it forgets more.
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to

@@ -404,7 +404,8 @@ class Prior:
         if recipe.gradient != "none" or in_weights is not None or recipe.distil:
             terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights))
         if held is not None and len(held):
-            terms.append(self._memory_term(model, held, curvature))
+            each = (past.num_data + new) / (past.num_tasks + 1)
+            terms.append(self._memory_term(model, held, curvature, each))
         return replace(
             past,
             terms=tuple(terms),
@@ -415,8 +416,9 @@ class Prior:
         )
 
     def _memory_term(
-        self, model: nn.Module, held: Memory, curvature: Curvature | None
+        self, model: nn.Module, held: Memory, curvature: Curvature | None, task_size: float
     ) -> MemoryTerm | KernelTerm:
+        """task_size: the mean number of examples of a task, for which each kernel may stand."""
         recipe = self.recipe
         if recipe.kernel is None:
             return MemoryTerm(held, recipe.divergence)
@@ -429,7 +431,7 @@ class Prior:
             self.likelihood,
             variance=covariance,
             jitter=recipe.jitter,
-            strength=recipe.soft,
+            strength=recipe.soft * (task_size if recipe.population else 1.0),
         )
 
     def _require_anchor(self, model: nn.Module) -> None:

@@ -61,7 +61,7 @@ class Recipe:
     Memory
         memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none.
         score, per_class, descending: which ones (``identify``; also "k_centre").
-        population: an item stands for N / M examples, not only for itself.
+        population: an item stands for N / M examples, not only for itself; a kernel for N.
         soft, hard: how much an item counts by its soft and by its true label.
         replay_fraction: this part of the new items is kept by its true label alone.
         divergence: of soft labels. refresh: ask the model again after each task.

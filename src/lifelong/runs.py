@@ -36,6 +36,7 @@ from .errors import CheckpointError
 from .learner import CHECKPOINT, Learner, Progress
 from .likelihoods import Categorical
 from .metrics import mean_and_standard_error
+from .models import nbytes
 from .presets import PRESETS
 from .prior import Prior
 from .streams import TaskStream
@@ -299,6 +300,7 @@ def learn_stream(
 
     matrix = learner.run(stream, folder=folder, on_epoch=on_epoch, on_task=on_task)
     memory = learner.prior.memory
+    networks = sum(nbytes(state) for state in learner._finished)  # of "separate"
     return SeedResult(
         seed=seed,
         matrix=matrix.to_list(),
@@ -306,7 +308,7 @@ def learn_stream(
         forgetting=matrix.forgetting,
         seconds=learner.seconds,
         memory_examples=0 if memory is None else len(memory),
-        memory_bytes=learner.prior.num_bytes,
+        memory_bytes=learner.prior.num_bytes + networks,
     )
 
 
