@@ -50,7 +50,7 @@ def test_exact_diagonal(compare: Compare, case: str) -> None:
         bar=f"4 exact diagonal GGN / {CLASSES} forward-backward passes",
         case=f"{case}, {EXAMPLES[case]} examples",
         limit=1.3,
-        rounds=5,
+        rounds=3,
     )
 
 
@@ -64,7 +64,7 @@ def test_one_pass_diagonal(compare: Compare, case: str, estimator: str) -> None:
         bar="4 one-sample diagonal / one forward-backward pass",
         case=f"{estimator}, {case}, {EXAMPLES[case]} examples",
         limit=None,
-        rounds=5,
+        rounds=3,
     )
 
 

@@ -16,7 +16,7 @@ from .conftest import Compare
 from .ratios import Work
 
 SIZE = 200
-EXAMPLES = {"MLP 784-256-256-10": 10_000, "small CNN": 4_000}
+EXAMPLES = {"MLP 784-256-256-10": 10_000, "small CNN": 2_048}
 
 
 def inference(model: nn.Module, data: Examples) -> Work:
@@ -43,7 +43,7 @@ def test_score_and_select(compare: Compare, case: str) -> None:
         bar="5 score and select 200 / inference",
         case=f"lambda, {case}, {EXAMPLES[case]} examples",
         limit=1.2,
-        rounds=21,
+        rounds=11,
     )
 
 

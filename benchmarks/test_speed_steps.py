@@ -21,6 +21,10 @@ from .ratios import Work
 BATCH = 128
 MEMORY = 200
 TASK = 1000
+ROUNDS = {
+    "MLP 784-256-256-10": {"rounds": 41, "inner": 2},
+    "small CNN": {"rounds": 15, "inner": 1},
+}
 
 PRIORS: dict[str, Callable[[], Prior]] = {
     "kprior": lambda: lifelong.kprior(Categorical(), memory=MEMORY),
@@ -105,7 +109,7 @@ def test_step_with_a_prior(compare: Compare, name: str, case: str, optimiser: st
         bar="1 step with a prior / plain step of the joint batch",
         case=f"{name}, {case}, {optimiser}",
         limit=1.15,
-        inner=4,
+        **ROUNDS[case],
     )
 
 
@@ -129,7 +133,7 @@ def test_fromp_step_at_nine_past_tasks(compare: Compare) -> None:
         bar="2 FROMP step, 9 tasks of 200 / replay step over the same 1800",
         case=f"{case}, Adam",
         limit=1.5,
-        inner=2,
+        rounds=21,
     )
 
 
@@ -142,8 +146,8 @@ def test_step_at_task_100(compare: Compare, name: str) -> None:
         bar="3 step at task 100 / step at task 2",
         case=f"{name}, {case}, Adam",
         limit=1.05,
-        inner=4,
-        rounds=61,
+        inner=2,
+        rounds=41,
     )
 
 
@@ -155,7 +159,7 @@ def test_table_of_steps(benchmark: Any, case: str, name: str) -> None:
         work = plain_step(case, 2 * BATCH, "Adam")
     else:
         work = prior_step(case, name, "Adam")
-    benchmark.pedantic(work, rounds=30, iterations=2, warmup_rounds=1)
+    benchmark.pedantic(work, rounds=10, warmup_rounds=1)
 
 
 def test_classes_match() -> None:

@@ -284,7 +284,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Under ``python -m`` Python may end itself by the signal, which a shell reports as 130 too.
+    assert process.returncode in (130, -signal.SIGINT)
     assert out == ""
     assert err.endswith(f"Interrupted. Go on with: lifelong run --resume {folder}\n")
     assert "Traceback" not in err

@@ -281,20 +281,23 @@ def memorise(
             variance=variance,
             generator=generator,
         ).detach()
-        labels = batch.labels
-        start = 0
-        if pool is not None:
-            start = len(pool.keys)
-            keys, labels = torch.cat([pool.keys, keys]), torch.cat([pool.labels, labels])
-        kept = select.candidates(keys, classes(labels), size, descending=descending)
-        # Only newcomers that could be chosen are copied out of the batch.
-        newcomers = kept[kept >= start] - start
         if pool is None:
-            pool = _Pool([], torch.empty(0, dtype=torch.int64), keys, labels)
-        if len(newcomers):
-            survivors = kept[kept < start]
-            found = passing.items(batch, f, newcomers)
-            pool = pool.add(found, survivors, keys[kept], labels[kept], 4 * size)
+            pool = _Pool([], keys[:0], batch.labels[:0])
+        # Only newcomers that could be chosen are copied out of the batch.
+        rows_ = select.could_enter(
+            keys,
+            classes(batch.labels),
+            pool.keys,
+            classes(pool.labels),
+            size,
+            descending=descending,
+        )
+        if len(rows_) == 0:
+            continue
+        pool = pool.add(passing.items(batch, f, rows_), keys[rows_])
+        if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
+            best = select.candidates(pool.keys, classes(pool.labels), size, descending=descending)
+            pool = _Pool([pool.take(best)], pool.keys[best], pool.labels[best])
     if pool is None:  # batches() raises before; this tells the type checker so
         raise ValueError("the data hold no examples")
     labels = classes(pool.labels)
@@ -305,30 +308,18 @@ def memorise(
 
 
 class _Pool(NamedTuple):
-    """Candidates so far: their keys (K,) and labels, and their places (K,) among the rows of parts.
-
-    Rows of candidates that were outdone stay until there are many, so that few are copied twice.
-    """
+    """Items that could be chosen when they came, in that order, with their keys (K,)."""
 
     parts: list[Memory]
-    places: Tensor
     keys: Tensor
     labels: Tensor
 
-    def add(
-        self, found: Memory, survivors: Tensor, keys: Tensor, labels: Tensor, most: int
-    ) -> _Pool:
-        """With newcomers behind the ``survivors``; all rows once there are more than ``most``."""
-        total = sum(len(part) for part in self.parts)
-        places = torch.cat([self.places[survivors], total + torch.arange(len(found))])
-        pool = _Pool([*self.parts, found], places, keys, labels)
-        if total + len(found) <= most:
-            return pool
-        every = pool.take(torch.arange(len(places)))
-        return pool._replace(parts=[every], places=torch.arange(len(places)))
+    def add(self, found: Memory, keys: Tensor) -> _Pool:
+        both = torch.cat([self.keys, keys]), torch.cat([self.labels, found.labels])
+        return _Pool([*self.parts, found], *both)
 
     def take(self, index: Tensor) -> Memory:
-        return self.parts[0].add(*self.parts[1:])[self.places[index]]
+        return self.parts[0].add(*self.parts[1:])[index]
 
 
 @dataclass(frozen=True, eq=False)

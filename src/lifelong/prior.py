@@ -18,7 +18,7 @@ Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,7 +58,6 @@ from .terms import (
     KernelTerm,
     MemoryTerm,
     Regulariser,
-    WeightSpaceTerm,
     WeightTerm,
     complete,
     kernel_term,
@@ -164,7 +163,7 @@ class Prior:
             return sum(values[1:], start=values[0])
 
     @cached_property
-    def _weight_space_terms(self) -> list[WeightSpaceTerm]:
+    def _weight_space_terms(self) -> list[Callable[[nn.Module], Tensor]]:
         return complete(self.terms)
 
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:

@@ -62,6 +62,35 @@ def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: boo
     return keep.nonzero().squeeze(1)
 
 
+def could_enter(
+    scores: Tensor,  # (B,)
+    labels: Tensor | None,  # (B,), None where classes do not matter
+    pool_scores: Tensor,  # (K,) of candidates
+    pool_labels: Tensor | None,
+    k: int,
+    *,
+    descending: bool = True,
+) -> Tensor:  # int64, ascending
+    """The newcomers that could be ``candidates`` beside a pool that holds all such.
+
+    Outdone for good is who is no better than the k-th of the pool and, where the quota of its
+    class is full, than the last of its class there. Most of a long stream is, and is not sorted.
+    """
+    if len(pool_scores) < k or k == 0:
+        return torch.arange(len(scores))
+    sign = 1 if descending else -1
+    new, old = sign * scores, sign * pool_scores
+    bar = old.topk(k).values[-1]
+    if labels is None or pool_labels is None:
+        return (~(new <= bar)).nonzero().squeeze(1)
+    classes, index, counts = torch.unique(pool_labels, return_inverse=True, return_counts=True)
+    last = bar.repeat(len(classes)).scatter_reduce(0, index, old, "amin")
+    last[counts < k // len(classes)] = -torch.inf
+    at = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
+    outdone = (classes[at] == labels) & (new <= last[at])
+    return (~outdone).nonzero().squeeze(1)
+
+
 def k_centre(
     features: Tensor,  # (N, D)
     k: int,

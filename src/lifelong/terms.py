@@ -13,7 +13,7 @@ KernelTerm alone, gradient reconstruction the first three together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -132,7 +132,7 @@ class _Quadratic(torch.autograd.Function):
     def forward(ctx: Any, parts: list[Part], *params: Tensor) -> Tensor:
         ctx.parts, ctx.slopes = parts, []
         ctx.save_for_backward(*params)
-        twice = _zero(dict(enumerate(params)))
+        twice = params[0].new_zeros(())
         for part, p in zip(parts, params, strict=True):
             d = part.gap(p)
             slope, factor = part.slope(d)
@@ -257,7 +257,7 @@ class Completed:
         return 0.5 * self.regulariser.precision * sum(float(gap.square().sum()) for gap in gaps)
 
 
-def complete(terms: Iterable[Any]) -> list[WeightSpaceTerm]:
+def complete(terms: Iterable[Any]) -> list[Callable[[nn.Module], Tensor]]:
     """The weight-space terms among ``terms``, a regulariser and a weight term as one."""
     held: list[Any] = [t for t in terms if isinstance(t, (Regulariser, WeightTerm))]
     regulariser = next((t for t in held if isinstance(t, Regulariser) and t.precision), None)
