@@ -346,7 +346,7 @@ class Learner:
                     drawn = pool.memory[index]
                     f = forward(self.model, move(drawn.inputs, device))
                     nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
-                    loss = nats / len(index) + prior._weight_space(self.model) / count
+                    loss = nats / len(index) + prior.weight_space(self.model) / count
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss became {loss.item()} after {total / max(1, count):.4g} nats per "

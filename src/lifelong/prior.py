@@ -104,7 +104,7 @@ class Prior:
         cost that does not grow with the number of tasks. The memory is read in eval mode.
         Raises StaleAnchorError where the model is no longer the one that the prior knows.
         """
-        value, drawn = self._weight_space(model), self._draw(batch_size, generator)
+        value, drawn = self.weight_space(model), self._draw(batch_size, generator)
         if drawn:
             with evaluating(model):
                 f = forward(model, concat([sample.inputs for _, sample in drawn]))
@@ -149,12 +149,13 @@ class Prior:
         if labels.device.type == "cpu":  # elsewhere the check would wait for the device
             self.likelihood.validate(f_new.detach(), labels, mask)
         nll = self.likelihood.nll(self.likelihood.mask(f_new, mask), labels).mean()
-        past = self._weight_space(model)
+        past = self.weight_space(model)
         if drawn:
             past = past + self._function_space(f_old, drawn)  # type: ignore[possibly-undefined]
         return nll + past / num_data
 
-    def _weight_space(self, model: nn.Module) -> Tensor:
+    def weight_space(self, model: nn.Module) -> Tensor:
+        """Nats of the terms that need the weights alone: all of the prior but its memories."""
         first = next(model.parameters())
         with _full_precision(first.device):
             values = [term(model) for term in self._weight_space_terms]
