@@ -67,9 +67,17 @@ def reproduce(item: Reproduction, data: Path, seeds: int) -> Path:
         command += [*item.flags, "--data", str(data), "--seeds", str(seeds)]
         command += ["--threads", "1", "--out", str(folders[-1])]
     subprocess.run([*command, "--quiet"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for checkpoint in folders[-1].rglob("*.safetensors"):  # the record needs no weights
-        checkpoint.unlink()
+    _tidy(folders[-1])
     return folders[-1]
+
+
+def _tidy(folder: Path) -> None:
+    """A record needs no weights, and names no folder of one machine."""
+    for checkpoint in folder.rglob("*.safetensors"):
+        checkpoint.unlink()
+    where = json.loads((folder / "config.json").read_text())["flags"]["data"]
+    for path in (*folder.rglob("*.json"), *folder.rglob("*.toml"), *folder.rglob("*.txt")):
+        path.write_text(path.read_text().replace(where, "$LIFELONG_DATA"))
 
 
 def table() -> str:

@@ -7,9 +7,7 @@ prior = prior.update(model, task.train)           # after each task
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from .data import Examples
     from .divergences import KL, Logit
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
-    from .identify import identify
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -44,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
+    from .scores import identify
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
@@ -112,7 +110,6 @@ _MODULES = {
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
-    "identify": ("identify",),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),
@@ -139,6 +136,7 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
+    "scores": ("identify",),
     "streams": (
         "Task",
         "TaskStream",
@@ -164,15 +162,3 @@ if not TYPE_CHECKING:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """A public function goes before the module of the same name, which importing binds here."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _WHERE.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -22,7 +22,6 @@ import torch
 from .benchmarks import BENCHMARKS, learner_options
 from .config import Scenario, Training
 from .data import Examples
-from .identify import identify, outputs
 from .learner import Learner, Progress
 from .likelihoods import Categorical
 from .models import evaluating
@@ -30,6 +29,7 @@ from .presets import PRESETS, finetune
 from .report import Gallery, MethodResult, Picture, Report, RunSummary, Section
 from .report import write as write_report
 from .runs import Event, learn_stream, options_of, versions
+from .scores import identify, outputs
 from .streams import Task, TaskStream, split_by_class
 from .toys import digits
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from . import select
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
-from .identify import Score, outputs, score_batch
 from .likelihoods import Likelihood
 from .models import Inputs, Params, concat, device_of, evaluating, forward, move, nbytes, rows, take
+from .scores import Score, outputs, score_batch
 
 
 @dataclass(frozen=True, eq=False)

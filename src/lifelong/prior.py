@@ -34,7 +34,6 @@ from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
 from .errors import StaleAnchorError
-from .identify import identify
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .memory import Memory, memorise
 from .models import (
@@ -53,6 +52,7 @@ from .named import named, unnamed
 from .path import PathIntegral
 from .recall import Pass, Terms
 from .recipe import Recipe
+from .scores import identify
 from .terms import (
     Block,
     KernelTerm,

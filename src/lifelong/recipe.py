@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 from . import divergences
 from .divergences import KL, Divergence
-from .identify import ScoreName
 from .named import known, named, unnamed
+from .scores import ScoreName
 
 Structure = Literal["diagonal", "dense", "path"]
 Estimator = Literal["exact", "mc", "empirical"]
