@@ -22,7 +22,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-_START, _END = "<!-- accuracy: start -->", "<!-- accuracy: end -->"
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,38 @@ def _tidy(folder: Path) -> None:
         path.write_text(path.read_text().replace(where, "$LIFELONG_DATA"))
 
 
+def demo(seeds: int) -> Path:
+    """The demo's record: its page and its numbers."""
+    folder = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}_demo"
+    command = [sys.executable, "-m", "lifelong", "demo", "--seeds", str(seeds), "--quiet"]
+    log = subprocess.run([*command, "--out", str(folder)], check=True, capture_output=True)
+    (folder / "log.txt").write_bytes(log.stdout.replace(str(RESULTS.parent).encode(), b""))
+    for name in ("result.json", "report.html"):
+        path = folder / name
+        path.write_text(path.read_text().replace(str(folder), "runs/demo"))
+    return folder
+
+
+def demo_table() -> str:
+    """Markdown: the tables of the newest demo."""
+    folders = sorted(RESULTS.glob("????-??-??_demo"))
+    if not folders:
+        return ""
+    found = json.loads((folders[-1] / "result.json").read_text())
+    lines = []
+    for section in found["sections"]:
+        lines += [f"**{section['title']}**", ""]
+        lines += ["| method | final accuracy, % | forgetting, points | examples | bytes | time |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in section["table"]:
+            cells = ("method", "accuracy", "forgetting", "memory_examples", "memory_bytes")
+            lines.append("| " + " | ".join(row[c] for c in (*cells, "seconds")) + " |")
+        lines.append("")
+    source = f"benchmarks/results/{folders[-1].name}"
+    lines.append(f"Mean ± standard error over three seeds; time for one seed. [Record]({source}).")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Markdown: a line for each reproduction that has a record."""
     lines = [
@@ -108,11 +139,19 @@ def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['mean']:.2f}{spread}"
 
 
-def update_readme() -> None:
-    """Replace what stands between the two marks of the README."""
-    readme = HERE / "README.md"
-    head, rest = readme.read_text().split(_START)
-    readme.write_text(f"{head}{_START}\n{table()}\n{_END}{rest.split(_END)[1]}")
+def update_readmes() -> None:
+    """Replace what stands between the marks of the two README files."""
+    results = table()
+    _fill(HERE / "README.md", "<!-- accuracy: start -->", "<!-- accuracy: end -->", results)
+    top = HERE.parent / "README.md"
+    _fill(top, "<!-- demo:begin -->", "<!-- demo:end -->", demo_table())
+    linked = results.replace("](results/", "](benchmarks/results/")
+    _fill(top, "<!-- results:begin -->", "<!-- results:end -->", linked)
+
+
+def _fill(path: Path, start: str, end: str, body: str) -> None:
+    head, rest = path.read_text().split(start)
+    path.write_text(f"{head}{start}\n{body}\n{end}{rest.split(end)[1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,16 +163,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parallel", type=int, default=1, help="how many at once, a thread each")
     options = parser.parse_args(argv)
     known = {item.name: item for item in REPRODUCTIONS}
-    unknown = [name for name in options.names if name not in known]
+    unknown = [name for name in options.names if name not in (*known, "demo")]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
-    if options.data is None:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from demo, {', '.join(known)}")
+    if not options.names or "demo" in options.names:
+        print(f"{demo(3).name}: done")
+    if options.data is None and options.names != ["demo"]:
         parser.error("say where the data are: --data DIR, or LIFELONG_DATA=DIR make tables")
-    chosen = [known[name] for name in options.names] or list(REPRODUCTIONS)
+    chosen = [known[name] for name in options.names if name != "demo"]
+    if not options.names:
+        chosen = list(REPRODUCTIONS)
     with ThreadPoolExecutor(options.parallel) as pool:
         for folder in pool.map(lambda item: reproduce(item, options.data, options.seeds), chosen):
             print(f"{folder.name}: done")
-    update_readme()
+    update_readmes()
 
 
 if __name__ == "__main__":

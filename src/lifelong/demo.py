@@ -10,8 +10,9 @@ compete, and the network was never shown two digits of different tasks together.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from types import MappingProxyType
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 
 from .benchmarks import BENCHMARKS, learner_options
+from .checkpoint import write as write_file
 from .config import Scenario, Training
 from .data import Examples
 from .learner import Learner, Progress
 from .likelihoods import Categorical
 from .models import evaluating
 from .presets import PRESETS, finetune
-from .report import Gallery, MethodResult, Picture, Report, RunSummary, Section
+from .report import Gallery, MethodResult, Picture, Report, RunSummary, Section, summary_rows
 from .report import write as write_report
 from .runs import Event, learn_stream, options_of, versions
 from .scores import identify, outputs
@@ -252,14 +254,17 @@ def _settings(
 
 def require_writable(folder: Path) -> None:
     """Raise OSError where the page could not be written: better now than after the training."""
-    from .checkpoint import write as write_file
-
     probe = folder / ".lifelong"
     write_file(probe, b"")
     probe.unlink()
 
 
 def write(report: Report, path: Path) -> Path:
-    """The page, whole or not at all; its folder is made."""
+    """The page, whole or not at all, and its numbers as result.json beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = asdict(replace(report, settings={}, versions={}, galleries=()))
+    numbers |= {"settings": dict(report.settings), "versions": dict(report.versions)}
+    for section, plain in zip(report.sections, numbers["sections"], strict=True):
+        plain["table"] = summary_rows(section)
+    write_file(path.with_name("result.json"), json.dumps(numbers, indent=1) + "\n")
     return write_report(report, path)
