@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -107,7 +108,9 @@ def test_the_command_writes_a_page_and_two_tables(
     page = (folder / "report.html").read_text()
     assert "lifelong demo --seeds 2" in page
     assert page.count("<img") == 2 * demo.GALLERY_SIZE
-    assert [p.name for p in folder.iterdir()] == ["report.html"]
+    assert {p.name for p in folder.iterdir()} == {"report.html", "result.json"}
+    numbers = json.loads((folder / "result.json").read_text())
+    assert [s["title"] for s in numbers["sections"]] == list(demo.SCENARIOS.values())
 
 
 def test_without_scikit_learn_it_says_what_to_install(

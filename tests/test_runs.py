@@ -346,7 +346,7 @@ def environment() -> dict[str, str]:
 
 def test_kill_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """SIGKILL once the checkpoint of a middle epoch is there, then --resume: the same numbers."""
-    flags = ["--benchmark", "fromp-toy", "--prior", "fromp", "--epochs", "6", "--memory", "4"]
+    flags = ["--benchmark", "fromp-toy", "--prior", "fromp", "--epochs", "3", "--memory", "4"]
     flags += ["--batch-size", "200", "--quiet"]
     whole = subprocess.run(
         lifelong(*flags, "--out", str(tmp_path / "whole"), "--json"),
