@@ -185,8 +185,11 @@ def _load_path(
 def _existing(path: Path) -> Path:
     if path.exists():
         return path
-    parent = next(p for p in path.absolute().parents if p.exists())
-    raise FileNotFoundError(f"{path} does not exist. In {parent}: {_listing(parent)}")
+    parent, near = path.absolute().parent, ""
+    if parent.is_dir() and parent.parent != parent:  # of the root nobody wants the list
+        near = f" In {parent}: {_listing(parent)}"
+    expected = "expected the folder or file with the data"
+    raise FileNotFoundError(f"{path} does not exist; {expected}.{near}")
 
 
 def _listing(folder: Path) -> str:
