@@ -160,3 +160,31 @@ def test_who_has_to_leave_the_reservoir_is_told():
     assert merged.evicted is not None
     left = set(range(4)) - set(merged.held.origin.tolist())
     assert set(merged.evicted.origin.tolist()) == left
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+)
+def test_who_does_not_pass_the_bar_is_never_chosen(
+    rows: list[tuple[int, int]], k: int, cut: int, balanced: bool, descending: bool
+) -> None:
+    """A bar of any earlier pool loses nobody who is chosen in the end."""
+    scores = torch.tensor([float(s) for s, _ in rows])
+    labels = torch.tensor([c for _, c in rows])
+    seen = labels if balanced else None
+    early = None if seen is None else seen[:cut]
+    bar = select.bar(scores[:cut], early, k, descending=descending)
+    late = None if seen is None else seen[cut:]
+    passed = cut + select.passing(scores[cut:], late, bar, descending=descending)
+    pool = torch.cat([torch.arange(min(cut, len(rows))), passed])
+    if balanced:
+        direct = select.per_class(scores, labels, k, descending=descending)
+        found = pool[select.per_class(scores[pool], labels[pool], k, descending=descending)]
+    else:
+        direct = select.top_k(scores, k, descending=descending)
+        found = pool[select.top_k(scores[pool], k, descending=descending)]
+    assert found.tolist() == direct.tolist()

@@ -270,6 +270,8 @@ def memorise(
         return labels if balanced else None
 
     pool: _Pool | None = None
+    bar: select.Bar | None = None
+    since = 0  # newcomers after the bar was set
     for batch, f, mask in passing:
         keys = score_batch(
             score,  # type: ignore[arg-type]
@@ -284,17 +286,13 @@ def memorise(
         if pool is None:
             pool = _Pool([], keys[:0], batch.labels[:0])
         # Only newcomers that could be chosen are copied out of the batch.
-        rows_ = select.could_enter(
-            keys,
-            classes(batch.labels),
-            pool.keys,
-            classes(pool.labels),
-            size,
-            descending=descending,
-        )
+        rows_ = select.passing(keys, classes(batch.labels), bar, descending=descending)
         if len(rows_) == 0:
             continue
-        pool = pool.add(passing.items(batch, f, rows_), keys[rows_])
+        pool, since = pool.add(passing.items(batch, f, rows_), keys[rows_]), since + len(rows_)
+        if since >= size // 2:  # an old bar is right, only lower
+            labels, since = classes(pool.labels), 0
+            bar = select.bar(pool.keys, labels, size, descending=descending)
         if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
             best = select.candidates(pool.keys, classes(pool.labels), size, descending=descending)
             pool = _Pool([pool.take(best)], pool.keys[best], pool.labels[best])

@@ -8,6 +8,8 @@ every rule here but ``k_centre`` can be applied to candidates and newcomers over
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -62,32 +64,58 @@ def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: boo
     return keep.nonzero().squeeze(1)
 
 
-def could_enter(
+class Bar(NamedTuple):
+    """What a newcomer must pass to be among the ``candidates``; higher is better.
+
+    overall: the k-th best of all; classes (C,) ascending; last (C,): the last place within each
+    class's quota, or ``overall`` where that is lower, minus infinity for a class whose quota is
+    not full. None where classes do not matter.
+    """
+
+    overall: Tensor
+    classes: Tensor | None
+    last: Tensor | None
+
+
+def bar(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Bar | None:
+    """The bar that a pool of candidates sets, or None while it has fewer than k.
+
+    It only rises as the pool grows, so that one of an earlier pool lets some too many pass, and
+    none too few.
+    """
+    if len(scores) < k or k == 0:
+        return None
+    values = scores if descending else -scores
+    overall = values.topk(k).values[-1]
+    if labels is None:
+        return Bar(overall, None, None)
+    classes, index = torch.unique(labels, return_inverse=True)
+    order = torch.sort(values, descending=True, stable=True).indices
+    at_quota = _rank_within(index[order]) == max(1, k // len(classes)) - 1
+    last = torch.full_like(values[: len(classes)], -torch.inf)
+    last[index[order[at_quota]]] = values[order[at_quota]].minimum(overall)
+    return Bar(overall, classes, last)
+
+
+def passing(
     scores: Tensor,  # (B,)
-    labels: Tensor | None,  # (B,), None where classes do not matter
-    pool_scores: Tensor,  # (K,) of candidates
-    pool_labels: Tensor | None,
-    k: int,
+    labels: Tensor | None,  # (B,)
+    bar: Bar | None,
     *,
     descending: bool = True,
 ) -> Tensor:  # int64, ascending
-    """The newcomers that could be ``candidates`` beside a pool that holds all such.
+    """The newcomers that could be ``candidates`` beside a pool with that bar; all for None.
 
     Outdone for good is who is no better than the k-th of the pool and, where the quota of its
     class is full, than the last of its class there. Most of a long stream is, and is not sorted.
     """
-    if len(pool_scores) < k or k == 0:
+    if bar is None:
         return torch.arange(len(scores))
-    sign = 1 if descending else -1
-    new, old = sign * scores, sign * pool_scores
-    bar = old.topk(k).values[-1]
-    if labels is None or pool_labels is None:
-        return (~(new <= bar)).nonzero().squeeze(1)
-    classes, index, counts = torch.unique(pool_labels, return_inverse=True, return_counts=True)
-    last = bar.repeat(len(classes)).scatter_reduce(0, index, old, "amin")
-    last[counts < k // len(classes)] = -torch.inf
-    at = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
-    outdone = (classes[at] == labels) & (new <= last[at])
+    new = scores if descending else -scores
+    if bar.classes is None or bar.last is None or labels is None:
+        return (~(new <= bar.overall)).nonzero().squeeze(1)
+    at = torch.searchsorted(bar.classes, labels).clamp_(max=len(bar.classes) - 1)
+    outdone = (bar.classes[at] == labels) & (new <= bar.last[at])
     return (~outdone).nonzero().squeeze(1)
 
 
