@@ -107,6 +107,14 @@ def demo_table() -> str:
             lines.append("| " + " | ".join(row[c] for c in (*cells, "seconds")) + " |")
         lines.append("")
     source = f"benchmarks/results/{folders[-1].name}"
+    lines += [
+        "From the report, class-incremental, and the digits that are hardest to be sure of:",
+        "",
+        "![Accuracy on the tasks seen so far, for each method](docs/images/demo-accuracy.png)",
+        "",
+        "![Eighteen of the most memorable digits](docs/images/demo-memorable.png)",
+        "",
+    ]
     lines.append(f"Mean ± standard error over three seeds; time for one seed. [Record]({source}).")
     return "\n".join(lines)
 
