@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     labels: Tensor
     ids: Tensor
 
+    def rows(self, index: Tensor | slice) -> Batch:
+        """Some of the examples."""
+        return Batch(take(self.inputs, index), self.labels[index], self.ids[index])
+
     def to(self, device: Any) -> Batch:
         """On the device of the model that is to read it."""
         return Batch(move(self.inputs, device), self.labels.to(device), self.ids.to(device))

@@ -289,35 +289,43 @@ def memorise(
         rows_ = select.passing(keys, classes(batch.labels), bar, descending=descending)
         if len(rows_) == 0:
             continue
-        pool, since = pool.add(passing.items(batch, f, rows_), keys[rows_]), since + len(rows_)
+        pool, since = pool.add(batch.rows(rows_), f[rows_], keys[rows_]), since + len(rows_)
         if since >= size // 2:  # an old bar is right, only lower
             labels, since = classes(pool.labels), 0
             bar = select.bar(pool.keys, labels, size, descending=descending)
         if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
             best = select.candidates(pool.keys, classes(pool.labels), size, descending=descending)
-            pool = _Pool([pool.take(best)], pool.keys[best], pool.labels[best])
+            pool = pool.take(best)
     if pool is None:  # batches() raises before; this tells the type checker so
         raise ValueError("the data hold no examples")
     labels = classes(pool.labels)
     if labels is None:
-        return pool.take(select.top_k(pool.keys, size, descending=descending))
-    chosen = select.per_class(pool.keys, labels, size, descending=descending)
-    return pool.take(chosen[torch.sort(labels[chosen], stable=True).indices])
+        chosen = select.top_k(pool.keys, size, descending=descending)
+    else:
+        chosen = select.per_class(pool.keys, labels, size, descending=descending)
+        chosen = chosen[torch.sort(labels[chosen], stable=True).indices]
+    kept = pool.take(chosen)
+    return passing.items(kept.parts[0][0], kept.parts[0][1])
 
 
 class _Pool(NamedTuple):
-    """Items that could be chosen when they came, in that order, with their keys (K,)."""
+    """Examples that could be chosen when they came, with their outputs, in that order; keys (K,)."""
 
-    parts: list[Memory]
+    parts: list[tuple[Batch, Tensor]]
     keys: Tensor
     labels: Tensor
 
-    def add(self, found: Memory, keys: Tensor) -> _Pool:
-        both = torch.cat([self.keys, keys]), torch.cat([self.labels, found.labels])
-        return _Pool([*self.parts, found], *both)
+    def add(self, batch: Batch, f: Tensor, keys: Tensor) -> _Pool:
+        both = torch.cat([self.keys, keys]), torch.cat([self.labels, batch.labels])
+        return _Pool([*self.parts, (batch, f)], *both)
 
-    def take(self, index: Tensor) -> Memory:
-        return self.parts[0].add(*self.parts[1:])[index]
+    def take(self, index: Tensor) -> _Pool:
+        """Those rows alone, in one part."""
+        found, f = zip(*self.parts, strict=True)
+        inputs = concat([batch.inputs for batch in found])
+        ids = torch.cat([batch.ids for batch in found])
+        rows_ = Batch(inputs, self.labels, ids).rows(index)
+        return _Pool([(rows_, torch.cat(f)[index])], self.keys[index], rows_.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,9 +340,10 @@ class _Pass:
     batch_size: int
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
+        device = device_of(self.model)
         with evaluating(self.model):
             for batch in batches(self.data, self.batch_size):
-                batch = batch.to(device_of(self.model))
+                batch = batch.to(device)
                 # The number of outputs is known only after a forward.
                 f = outputs(self.model, batch, self.likelihood, None)
                 mask = head_mask(self.head, f.shape[1], f.device)
@@ -342,9 +351,8 @@ class _Pass:
                     self.likelihood.validate(f, batch.labels, mask)
                 yield batch, f, mask
 
-    def items(self, batch: Batch, f: Tensor, index: Tensor | slice = slice(None)) -> Memory:
-        rows_ = Batch(take(batch.inputs, index), batch.labels[index], batch.ids[index])
-        return remember(rows_, f[index], head=self.head, task=self.task)
+    def items(self, batch: Batch, f: Tensor) -> Memory:
+        return remember(batch, f, head=self.head, task=self.task)
 
 
 def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
@@ -356,7 +364,7 @@ def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
             if ids is None
             else torch.isin(batch.ids, ids.to(batch.ids.device)).nonzero().squeeze(1)
         )
-        parts.append(passing.items(batch, f, index))
+        parts.append(passing.items(batch.rows(index), f[index]))
     found = parts[0].add(*parts[1:])
     if ids is not None:
         missing = ids[~torch.isin(ids, found.origin.to(ids.device))]

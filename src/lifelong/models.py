@@ -177,7 +177,8 @@ def widen(model: nn.Module, name: str, num_outputs: int) -> None:
 
 def require_finite(value: Tensor, what: str) -> None:
     """Raise NonFiniteError naming ``what`` where a value is NaN or infinite."""
-    if not torch.isfinite(value).all():
+    # A sum is one pass, and finite only if all is; where it overflows, look at each number.
+    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         raise NonFiniteError(
             f"{what} is NaN or infinite; lower the learning rate, clip the gradient, or look at "
             "the inputs of this batch. Nothing was changed"
