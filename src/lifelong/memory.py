@@ -309,7 +309,7 @@ def memorise(
 
 
 class _Pool(NamedTuple):
-    """Examples that could be chosen when they came, with their outputs, in that order; keys (K,)."""
+    """Examples that could be chosen when they came, with their outputs; keys, labels (K,)."""
 
     parts: list[tuple[Batch, Tensor]]
     keys: Tensor
