@@ -129,7 +129,9 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
-            return tensors[value[_TENSOR]]
+            # A tensor that lies anywhere in the file's bytes; a copy is aligned as torch's own are,
+            # without which the same product of matrices may end in another last bit.
+            return tensors[value[_TENSOR]].clone()
         if value.keys() == {_PAIRS}:
             return {_key(_restore(k, tensors)): _restore(v, tensors) for k, v in value[_PAIRS]}
         return {key: _restore(item, tensors) for key, item in value.items()}

@@ -127,8 +127,9 @@ class Memory:
     def weighted(self, soft: Tensor | float, hard: Tensor | float) -> Memory:
         """The same items with other weights, (M,) each or one number for all."""
         like = self.soft_weight
+        # Contiguous, as a file gives them back: a dot product of a stride of 0 sums otherwise.
         soft, hard = (
-            torch.as_tensor(w, dtype=like.dtype, device=like.device).expand_as(like)
+            torch.as_tensor(w, dtype=like.dtype, device=like.device).expand_as(like).contiguous()
             for w in (soft, hard)
         )
         return replace(self, soft_weight=soft, hard_weight=hard)
@@ -272,30 +273,23 @@ def memorise(
     pool: _Pool | None = None
     bar: select.Bar | None = None
     since = 0  # newcomers after the bar was set
-    for batch, f, mask in passing:
-        keys = score_batch(
-            score,  # type: ignore[arg-type]
-            model,
-            batch,
-            likelihood.mask(f, mask),
-            likelihood,
-            mask=mask,
-            variance=variance,
-            generator=generator,
-        ).detach()
-        if pool is None:
-            pool = _Pool([], keys[:0], batch.labels[:0])
-        # Only newcomers that could be chosen are copied out of the batch.
-        rows_ = select.passing(keys, classes(batch.labels), bar, descending=descending)
+    for group in _groups(passing, score, variance, generator):
+        labels = classes(group.labels)
+        # Only newcomers that could be chosen are copied out of their batches.
+        if bar is None:
+            rows_ = select.candidates(group.keys, labels, size, descending=descending)
+        else:
+            rows_ = select.passing(group.keys, labels, bar, descending=descending)
         if len(rows_) == 0:
             continue
-        pool, since = pool.add(batch.rows(rows_), f[rows_], keys[rows_]), since + len(rows_)
-        if since >= size // 2:  # an old bar is right, only lower
+        newcomers = group.take(rows_)
+        pool, since = newcomers if pool is None else pool.add(newcomers), since + len(rows_)
+        if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
+            labels = classes(pool.labels)
+            pool = pool.take(select.candidates(pool.keys, labels, size, descending=descending))
+        if since >= size // 2:
             labels, since = classes(pool.labels), 0
             bar = select.bar(pool.keys, labels, size, descending=descending)
-        if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
-            best = select.candidates(pool.keys, classes(pool.labels), size, descending=descending)
-            pool = pool.take(best)
     if pool is None:  # batches() raises before; this tells the type checker so
         raise ValueError("the data hold no examples")
     labels = classes(pool.labels)
@@ -304,28 +298,76 @@ def memorise(
     else:
         chosen = select.per_class(pool.keys, labels, size, descending=descending)
         chosen = chosen[torch.sort(labels[chosen], stable=True).indices]
-    kept = pool.take(chosen)
-    return passing.items(kept.parts[0][0], kept.parts[0][1])
+    return passing.items(*pool.joined(chosen))
+
+
+_GROUP = 16 * 2**20  # bytes of inputs that are held until one selection is made among them
 
 
 class _Pool(NamedTuple):
-    """Examples that could be chosen when they came, with their outputs; keys, labels (K,)."""
+    """Examples with their outputs, batch by batch; keys, labels (K,) of all."""
 
     parts: list[tuple[Batch, Tensor]]
     keys: Tensor
     labels: Tensor
 
-    def add(self, batch: Batch, f: Tensor, keys: Tensor) -> _Pool:
-        both = torch.cat([self.keys, keys]), torch.cat([self.labels, batch.labels])
-        return _Pool([*self.parts, (batch, f)], *both)
+    def add(self, other: _Pool) -> _Pool:
+        both = torch.cat([self.keys, other.keys]), torch.cat([self.labels, other.labels])
+        return _Pool([*self.parts, *other.parts], *both)
 
     def take(self, index: Tensor) -> _Pool:
-        """Those rows alone, in one part."""
+        """Those rows alone, copied; ``index`` ascends."""
+        ends = torch.tensor([len(f) for _, f in self.parts]).cumsum(0)
+        cuts = [0, *torch.searchsorted(index.cpu(), ends).tolist()]
+        starts = [0, *ends.tolist()]
+        parts = []
+        for i, (batch, f) in enumerate(self.parts):
+            if cuts[i + 1] > cuts[i]:
+                rows_ = index[cuts[i] : cuts[i + 1]] - starts[i]
+                parts.append((batch.rows(rows_), f[rows_]))
+        return _Pool(parts, self.keys[index], self.labels[index])
+
+    def joined(self, index: Tensor) -> tuple[Batch, Tensor]:
+        """Those rows in that order, in one batch, and their outputs."""
         found, f = zip(*self.parts, strict=True)
         inputs = concat([batch.inputs for batch in found])
         ids = torch.cat([batch.ids for batch in found])
-        rows_ = Batch(inputs, self.labels, ids).rows(index)
-        return _Pool([(rows_, torch.cat(f)[index])], self.keys[index], rows_.labels)
+        return Batch(inputs, self.labels, ids).rows(index), torch.cat(f)[index]
+
+
+def _groups(
+    passing: _Pass,
+    score: Score | str,
+    variance: Params | None,
+    generator: torch.Generator | None,
+) -> Iterator[_Pool]:
+    """The scored data, a few batches at a time: so many as ``_GROUP`` lets."""
+    parts: list[tuple[Batch, Tensor]] = []
+    keys: list[Tensor] = []
+    held = 0
+    for batch, f, mask in passing:
+        found = score_batch(
+            score,  # type: ignore[arg-type]
+            passing.model,
+            batch,
+            passing.likelihood.mask(f, mask),
+            passing.likelihood,
+            mask=mask,
+            variance=variance,
+            generator=generator,
+        )
+        parts.append((batch, f))
+        keys.append(found.detach())
+        held += nbytes(batch.inputs)
+        if held > _GROUP:
+            yield _pooled(parts, keys)
+            parts, keys, held = [], [], 0
+    if parts:
+        yield _pooled(parts, keys)
+
+
+def _pooled(parts: list[tuple[Batch, Tensor]], keys: list[Tensor]) -> _Pool:
+    return _Pool(parts, torch.cat(keys), torch.cat([batch.labels for batch, _ in parts]))
 
 
 @dataclass(frozen=True, eq=False)
