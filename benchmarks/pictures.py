@@ -47,7 +47,7 @@ class Config:
     seed: int = 0
     epochs: int = 15
     prior_precision: float = 1.0
-    per_class_in_kernel: int = 30
+    per_class_in_kernel: int = 20
     num_retrained: int = 100  # examples that are left out, one at a time
     num_for_retraining: int = 400
     num_few: int = 120  # examples that the network of the reliability diagram learned from
@@ -296,10 +296,10 @@ def draw(config: Config, say: Callable[[str], None]) -> tuple[dict[str, Figure],
 
 
 def write(figure: Figure, path: Path) -> None:
-    """As PNG of 64 colours: a fraction of the bytes, and nothing that the eye would miss."""
+    """As PNG of 128 colours: a fraction of the bytes, and nothing that the eye would miss."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150)
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
+    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
         path, optimize=True
     )
 

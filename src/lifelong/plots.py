@@ -55,7 +55,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "X")
 
 _WIDTH = 4.0  # inches: 400 pixels at 100 dpi
 _TITLE, _LABEL, _TICK = 9.0, 8.0, 7.5  # points
-_MAX_NAME = 14  # characters of a class name; longer ones end in "…"
+_MAX_NAME = 14  # characters of a class name; longer ones have "…" inside
 _MAX_TICKS = 20  # names along an axis
 
 
@@ -107,10 +107,9 @@ def memorable_examples(
         figure, ax = _text_cells(examples, scores, ranked, feature_names, ax)
     else:
         figure, ax = _image_cells(cells, scores, ranked, None if per_class else captions, k, ax)
-    of = f"{n:,} example" + ("s" if n > 1 else "")
-    _dress(ax, f"Most and least memorable of {of}", note=f"by {score_name}, written beside each")
-    if cells is not None and not _room(k, per_class):
-        _dress(ax, f"Most and least memorable of {of}", note=f"by {score_name}")
+    beside = cells is None or _room(k, per_class)
+    note = f"by {score_name}" + (", written beside each" if beside else "")
+    _dress(ax, f"Most and least memorable of {_count(n, 'example')}", note=note)
     ax.set_axis_off()
     return figure
 
@@ -126,8 +125,8 @@ def sensitivity_histogram(
     """How many of N examples have which score; a dashed line at the median.
 
     scores: (N,). Counts are on a log scale by default, since the few examples far out are the
-    interesting ones. Where no score is negative, the note says what share of the sum the upper
-    hundredth (at least one example) holds.
+    interesting ones. Of at least 100 scores, none of them negative, the note says what share of
+    the sum the upper hundredth holds.
     """
     scores = _numbers(scores, "scores", (None,))
     if bins < 1:
@@ -140,15 +139,13 @@ def sensitivity_histogram(
     ax.axvline(middle, color=INK, linewidth=1.0, linestyle=_DASHES[1])
     if log_counts:
         ax.set_yscale("log")
-        ax.set_ylim(bottom=floor)
+        ax.set_ylim(floor, max(10.0, 1.5 * counts.max()))
     note = f"median {middle:.2g} (dashed)"
-    if scores.min() >= 0 and scores.sum() > 0:
-        top = max(round(len(scores) / 100), 1)
-        share = 100 * np.sort(scores)[-top:].sum() / scores.sum()
-        whose = "the top 1 %" if top > 1 else "the first of them"
-        note += f"; {whose} hold{'' if top > 1 else 's'} {share:.0f} % of the sum"
-    of = f"{len(scores):,} example" + ("s" if len(scores) > 1 else "")
-    _dress(ax, f"{_capital(score_name)} of {of}", score_name, "examples", note)
+    if len(scores) >= 100 and scores.min() >= 0 and scores.sum() > 0:
+        top = np.sort(scores)[-round(len(scores) / 100) :]
+        note += f"; the top 1 % hold {100 * top.sum() / scores.sum():.0f} % of the sum"
+    title = f"{_capital(score_name)} of {_count(len(scores), 'example')}"
+    _dress(ax, title, score_name, "examples", note)
     return figure
 
 
@@ -169,10 +166,13 @@ def sensitivity_evolution(
     Bands hold the middle 50 % and 90 % of the examples, the line is the median. Of more than six
     classes the three highest and the three lowest at the end are named, the others are grey.
 
-    Raises ValueError, too, where log=True meets a score or mean that is not positive.
+    Raises ValueError, too, for a single step (use ``sensitivity_histogram``), and where log=True
+    meets a quantile or mean that is not positive.
     """
     trace = _numbers(trace, "trace", (None, None))
     x = _steps(steps, len(trace))
+    if len(x) < 2:
+        raise ValueError("expected at least two steps, got one; use sensitivity_histogram for it")
     if labels is None:
         levels = np.quantile(trace, [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
         lines, named = levels, []
@@ -189,11 +189,10 @@ def sensitivity_evolution(
     figure, ax = _place(ax, 2.9)
     if log:
         ax.set_yscale("log")
-    marker = "o" if len(x) == 1 else ""
     if labels is None:
         outer = ax.fill_between(x, lines[0], lines[4], color=COLOURS[0], alpha=0.18, linewidth=0)
         inner = ax.fill_between(x, lines[1], lines[3], color=COLOURS[0], alpha=0.38, linewidth=0)
-        (median,) = ax.plot(x, lines[2], color=COLOURS[0], linewidth=1.8, marker=marker)
+        (median,) = ax.plot(x, lines[2], color=COLOURS[0], linewidth=1.8)
         _legend(ax, [median, inner, outer], ["median", "middle 50 %", "middle 90 %"])
         note = f"of {trace.shape[1]:,} examples, quantiles at each {step_name}"
     else:
@@ -245,7 +244,7 @@ def ranked_sensitivity(
         )
         handles.append(line)
     _legend(ax, handles, [f"{x[t]:g}" for t in shown], title=step_name)
-    size = f"{len(groups[0])} example" + ("s" if len(groups[0]) > 1 else "")
+    size = _count(len(groups[0]), "example")
     _dress(
         ax,
         f"{_capital(score_name)} during training, by final rank",
@@ -280,22 +279,25 @@ def sensitivity_scatter(
     low, high = _padded(both.min(), both.max())
     ax.plot([low, high], [low, high], color=SOFT, linewidth=0.9, linestyle=_DASHES[1], zorder=1)
     ax.scatter(true, estimated, s=15, color=COLOURS[0], alpha=0.6, linewidths=0, zorder=2)
-    for i in np.argsort(-np.abs(true), kind="stable")[:12].tolist() if names is not None else ():
-        right = true[i] > (low + high) / 2  # keep the text inside
+    said = [] if names is None else list(names)
+    for i in np.argsort(-np.abs(true), kind="stable")[:12].tolist() if said else ():
+        # Away from the line of equality, unless that leads out of the axes.
+        above, place = estimated[i] > true[i], (true[i] - low) / (high - low)
+        left = place > 0.25 if above else place > 0.75
         ax.annotate(
-            _brief(names[i]),
+            _brief(said[i]),
             (true[i], estimated[i]),
-            xytext=(-4 if right else 4, 3),
+            xytext=(-3 if left else 3, 3 if above else -9),
             textcoords="offset points",
-            ha="right" if right else "left",
+            ha="right" if left else "left",
             fontsize=_TICK,
             color=INK,
             parse_math=False,
         )
     ax.set(xlim=(low, high), ylim=(low, high))
     ax.set_aspect("equal", adjustable="box")
-    said = "not defined" if math.isnan(r) else f"{r:.3f}"
-    note = f"Pearson r {said}, N = {len(true):,}; dashed: equal"
+    found = "not defined" if math.isnan(r) else f"{r:.3f}"
+    note = f"Pearson r {found}, N = {len(true):,}; dashed: equal"
     tail = f" ({unit})" if unit else ""
     _dress(
         ax,
@@ -325,7 +327,7 @@ def kernel_matrix(
     *,
     class_names: Sequence[str] | None = None,
     clip: float = 0.99,
-    name: str = "kernel",
+    name: str = "kernel matrix",
     ax: Axes | None = None,
 ) -> Figure:
     """K (N, N), rows and columns sorted by class, with lines between classes and their names.
@@ -346,7 +348,11 @@ def kernel_matrix(
     order = np.argsort(classes, kind="stable")
     signed = bool(kernel.min() < 0)
     most = float(np.quantile(np.abs(kernel), clip)) or float(np.abs(kernel).max()) or 1.0
-    figure, ax = _place(ax, 3.6)
+    present, first, count = np.unique(classes[order], return_index=True, return_counts=True)
+    every = math.ceil(len(present) / _MAX_TICKS)
+    written = [_brief(names[c]) for c in present[::every]]
+    widest = max(map(len, written))
+    figure, ax = _place(ax, 3.6 + (0.03 * widest if widest > 2 else 0))
     image = ax.imshow(
         kernel[np.ix_(order, order)],
         cmap=_two_sided() if signed else _ramp(),
@@ -361,25 +367,21 @@ def kernel_matrix(
     bar.ax.set_ylim(max(kernel.min(), -most) if signed else 0, most)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=_TICK, colors=SOFT, length=2.5, width=0.7)
-    _dress(ax, f"{_capital(name)} between {n:,} examples" if n > 1 else _capital(name))
+    note = _count(n, "example")
+    if labels is not None:
+        note += f" of {_count(len(present), 'class', 'es')}, sorted by class"
+    _dress(ax, _capital(name), note=note)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    if labels is None:
-        return figure
-    present, first, count = np.unique(classes[order], return_index=True, return_counts=True)
     for edge in first[1:] - 0.5:
         width = 0.8 if len(present) <= _MAX_TICKS else 0.3
         ax.axhline(edge, color="white", linewidth=width)
         ax.axvline(edge, color="white", linewidth=width)
-    every = math.ceil(len(present) / _MAX_TICKS)
-    centres = (first + (count - 1) / 2)[::every]
-    written = [_brief(names[c]) for c in present[::every]]
-    upright = max(map(len, written)) > 2
-    ax.set_xticks(centres, written, rotation=90 if upright else 0, parse_math=False)
+    centres = (first + (count - 1) / 2)[::every] if labels is not None else []
+    written = written if labels is not None else []
+    ax.set_xticks(centres, written, rotation=90 if widest > 2 else 0, parse_math=False)
     ax.set_yticks(centres, written, parse_math=False)
     ax.tick_params(length=0)
-    of = f"{len(present)} class" + ("es" if len(present) > 1 else "")
-    _dress(ax, f"{_capital(name)} between {n:,} examples of {of}", note="sorted by class")
     return figure
 
 
@@ -404,9 +406,12 @@ def predictive_bands(
     mean ± width epistemic_sd, the outer one adds the noise: sqrt(epistemic² + noise²). data:
     ((N,), (N,)) observations; truth: (G,) the function that they were drawn from.
 
-    Raises ValueError, too, for a negative standard deviation and a width that is not positive.
+    Raises ValueError, too, for a grid of one point, a negative standard deviation, and a width that
+    is not positive.
     """
     x = _numbers(x, "x", (None,))
+    if len(x) < 2:
+        raise ValueError("expected a grid of at least two points, got one")
     mean = _numbers(mean, "mean", x.shape)
     sd = _numbers(epistemic_sd, "epistemic_sd", x.shape)
     noise = np.asarray(_plain(noise_sd), dtype=np.float64)
@@ -434,8 +439,7 @@ def predictive_bands(
     band = (mean - width * sd, mean + width * sd)
     handles.insert(0, ax.fill_between(x, *band, color=COLOURS[0], alpha=0.36, linewidth=0))
     said.insert(0, "of the function")
-    marker = "o" if len(x) == 1 else ""
-    handles[:0] = ax.plot(x, mean, color=COLOURS[0], linewidth=1.8, marker=marker)
+    handles[:0] = ax.plot(x, mean, color=COLOURS[0], linewidth=1.8)
     said.insert(0, "mean")
     if known is not None:
         handles += ax.plot(x, known[order], color=INK, linewidth=1.0, linestyle=_DASHES[1])
@@ -487,7 +491,7 @@ def evidence_against_test(
     if log and grid.min() <= 0:
         raise ValueError(f"a log scale needs a positive grid, got {grid.min():.3g}; set log=False")
     order = np.argsort(grid, kind="stable")
-    figure, (top, bottom) = _stacked(axes, 4.0, (1, 1))
+    figure, (top, bottom) = _stacked(axes, 4.3, (1, 1))
     x, curves = grid[order], (loss_above[order], test_loss[order])
     best = [int(np.argmin(curve)) for curve in curves]
     for index, (ax, curve, error) in enumerate(zip((top, bottom), curves, errors, strict=True)):
@@ -574,8 +578,7 @@ def reliability_diagram(
     bottom.bar(centre, n / n.sum(), wide, color=PLAIN, edgecolor="white", linewidth=0.8)
     right, sure, total = bins.right.sum(), bins.confidence.sum(), bins.count.sum()
     note = f"ECE {bins.error():.3f}, accuracy {right / total:.3f}, confidence {sure / total:.3f}"
-    of = f"{len(p):,} prediction" + ("s" if len(p) > 1 else "")
-    _dress(top, f"Reliability of {of}", "", "accuracy", note)
+    _dress(top, f"Reliability of {_count(len(p), 'prediction')}", "", "accuracy", note)
     _dress(bottom, "", "confidence: probability of the predicted class", "share")
     top.set(xlim=(0, 1), ylim=(0, 1.02))
     bottom.set(xlim=(0, 1), ylim=(0, None))
@@ -660,15 +663,22 @@ def _extremes(
     return order[: min(k, upper)], order[::-1][: min(k, len(order) - upper)]
 
 
-def _brief(text: str, length: int = _MAX_NAME) -> str:
+def _brief(text: str, length: int = _MAX_NAME, tail: int = 4) -> str:
+    """On one line, cut so that the last characters, where names often differ, stay."""
     text = " ".join(str(text).split())
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    if len(text) <= length:
+        return text
+    return text[: length - 1 - tail].rstrip() + "…" + text[len(text) - tail :]
 
 
 def _short(value: float) -> str:
     """Two digits where they fit in five characters, else one."""
     two = f"{value:.2g}"
     return two if len(two) <= 5 else f"{value:.1g}"
+
+
+def _count(n: int, noun: str, plural: str = "s") -> str:
+    return f"{n:,} {noun}{plural if n != 1 else ''}"
 
 
 def _capital(text: str) -> str:
@@ -725,7 +735,7 @@ def _dress(ax: Axes, title: str, x_name: str = "", y_name: str = "", note: str =
     ax.set_xlabel(x_name, fontsize=_LABEL, color=SOFT, parse_math=False)
     ax.set_ylabel(y_name, fontsize=_LABEL, color=SOFT, parse_math=False)
     ax.tick_params(labelsize=_TICK, colors=SOFT, width=0.7)
-    ax.tick_params(which="minor", length=1.5, width=0.5, colors=SOFT, labelsize=0)
+    ax.tick_params(which="minor", length=1.5, width=0.5, colors=SOFT, labelsize=_TICK)
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set(color=RULE, linewidth=0.9)
@@ -866,14 +876,15 @@ def _image_cells(
     margin = 0.12 + 0.08 * widest  # inches
     unit = (inches - margin) / (columns + split)
     line = 0.105 / unit  # of text under an image
-    step = tall + lines * line + (0.08 if per_class else 0.12) / unit
+    slot, gap = max(tall, 0.15 / unit), (0.08 if per_class else 0.12) / unit
+    step = slot + lines * line + gap
     head = 0.18 / unit if per_class else 0.0
-    figure, ax = _place(ax, unit * (head + step * len(rows)) + 0.5)
+    figure, ax = _place(ax, unit * (head + step * len(rows) - gap) + 0.46)
     text = {"fontsize": 6.0, "color": SOFT, "linespacing": 1.0, "parse_math": False}
     white = 255 if some.dtype == np.uint8 else 1
     for r, (name, index, most_here) in enumerate(rows):
         y = r * step
-        ax.text(-0.05 / unit, y + tall / 2, _brief(name), ha="right", va="center", fontsize=_LABEL,
+        ax.text(-0.05 / unit, y + slot / 2, _brief(name), ha="right", va="center", fontsize=_LABEL,
                 color=INK, parse_math=False)  # fmt: skip
         for place, i in enumerate(index.tolist()):
             least_here = per_class and place >= most_here
@@ -882,13 +893,13 @@ def _image_cells(
             ax.imshow(cells[i], cmap="gray", vmin=0, vmax=white, extent=place_of,
                       interpolation="nearest")  # fmt: skip
             if written:
-                said = _short(scores[i])
+                said = _short(float(scores[i]))
                 said = f"{captions[i]}\n{said}" if captions and captions[i] else said
                 ax.text(x + 0.5, y + tall + 0.02, said, ha="center", va="top", **text)
     if per_class:
         for x, name in ((0.03, "most"), (k + split + 0.03, "least")):
             ax.text(x, -0.03 / unit, name, va="bottom", fontsize=_LABEL, color=INK)
-    ax.set(xlim=(-margin / unit, columns + split), ylim=(len(rows) * step, -head))
+    ax.set(xlim=(-margin / unit, columns + split), ylim=(len(rows) * step - gap, -head))
     ax.set_aspect("equal")
     return figure, ax
 
@@ -929,12 +940,12 @@ def _text_cells(
         ax.text(0, y, _brief(heading, 40), fontweight="bold", color=INK, **text)
         for i in index.tolist():
             y += 1
-            ax.text(0.115, y, _short(scores[i]), color=SOFT, ha="right", **text)
+            ax.text(0.115, y, _short(float(scores[i])), color=SOFT, ha="right", **text)
             fields = rows[i][:shown]
             if width > shown:
                 fields = [*fields[:-1], "…"]
             for x, field in zip(at, fields):
-                ax.text(x, y, _brief(field, room), color=INK, **text)
+                ax.text(x, y, _brief(field, room, tail=0), color=INK, **text)
         y += 1.5
     return figure, ax
 
