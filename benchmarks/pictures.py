@@ -48,7 +48,7 @@ class Config:
     epochs: int = 15
     prior_precision: float = 1.0
     per_class_in_kernel: int = 20
-    num_retrained: int = 100  # examples that are left out, one at a time
+    num_retrained: int = 60  # examples that are left out, one at a time
     num_for_retraining: int = 400
     num_few: int = 120  # examples that the network of the reliability diagram learned from
     num_splits: int = 5
