@@ -47,7 +47,7 @@ class Config:
     seed: int = 0
     epochs: int = 15
     prior_precision: float = 1.0
-    per_class_in_kernel: int = 20
+    per_class_in_kernel: int = 10
     num_retrained: int = 60  # examples that are left out, one at a time
     num_for_retraining: int = 400
     num_few: int = 120  # examples that the network of the reliability diagram learned from
@@ -299,9 +299,9 @@ def write(figure: Figure, path: Path) -> None:
     """As PNG of 128 colours: a fraction of the bytes, and nothing that the eye would miss."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150)
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    Image.open(buffer).convert("RGB").quantize(
+        128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> Path:
