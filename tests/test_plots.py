@@ -353,6 +353,13 @@ class TestHistogram:
         assert scores.max() <= edges[-1]
         assert ax.lines[0].get_xdata()[0] == np.median(scores)
 
+    @pytest.mark.parametrize("scores", [[5e-324, 0.0], [0.3, 0.3 + 1e-16], [1e20] * 3, [0.0]])
+    def test_scores_that_differ_by_rounding_alone(self, scores: list[float]) -> None:
+        figure = plots.sensitivity_histogram(scores)
+        render(figure)
+        (stairs,) = figure.axes[0].patches
+        assert stairs.get_data().values.max() == len(scores)  # type: ignore[attr-defined]
+
     def test_the_share_of_the_first_hundredth(self) -> None:
         scores = np.r_[np.full(198, 1.0), 51.0, 51.0]
         figure = plots.sensitivity_histogram(scores)

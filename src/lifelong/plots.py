@@ -131,7 +131,12 @@ def sensitivity_histogram(
     scores = _numbers(scores, "scores", (None,))
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    counts, edges = np.histogram(scores, bins)
+    low, high = scores.min(), scores.max()
+    size = max(abs(low), abs(high))
+    if high - low < max(1e-14 * bins * size, 1e-300):  # all the same, but for rounding
+        pad = max(0.5, 0.01 * size)
+        low, high = low - pad, high + pad
+    counts, edges = np.histogram(scores, bins, (low, high))
     figure, ax = _place(ax, 2.7)
     floor = 0.7 if log_counts else 0.0
     ax.stairs(counts, edges, baseline=floor, fill=True, color=COLOURS[0], alpha=0.85)
