@@ -324,7 +324,8 @@ def learn(
 ) -> Memory:
     """At most ``size`` items that carry the curvature of the data and of an old memory together.
 
-    head: nn.Linear, at the weights just learned. start: where EM begins. An item has no label (-1), task or id (-1): it is of no one example.
+    head: nn.Linear, at the weights just learned. start: where EM begins. An item is of no one
+    example: it has no label (-1), task (-1) or id (-1).
 
     Raises TypeError where the head is no ``nn.Linear``; ValueError for EM with a bias or without
     a start, and as ``match_closed_form`` and ``match_em``.
