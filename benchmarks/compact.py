@@ -175,21 +175,39 @@ def methods(part: str, iterations: int) -> dict[str, MakePrior]:
 def learn(
     tasks: Tasks, likelihood: Likelihood, make: MakePrior, memory: int, delta: float,
     *, bias: bool = False, seed: int = 0,
-) -> tuple[nn.Linear, list[list[float]], Prior]:  # fmt: skip
-    """Each task in turn: the head, the accuracy on the tasks so far after each, the last prior.
+) -> tuple[nn.Linear, list[list[float]], Prior, float]:  # fmt: skip
+    """Each task in turn: the head, the accuracy on the tasks so far after each, the last prior,
+    and the share of the past's curvature that its memory holds.
 
     bias: the features' constant comes first, and is left to the head's own bias.
     """
     head, prior = blank(tasks, likelihood, bias), make(likelihood, memory, delta)
     if bias:
         tasks = [(_without_constant(a), _without_constant(b)) for a, b in tasks]
-    generator, matrix = torch.Generator().manual_seed(seed), []
+    generator, matrix, share = torch.Generator().manual_seed(seed), [], 0.0
     for t, (train, _) in enumerate(tasks):
         fit(head, train, prior)
         matrix.append([accuracy(head, test) for _, test in tasks[: t + 1]])
         if t + 1 < len(tasks):  # nothing is learned after the last, so nothing is kept of it
             prior = prior.update(head, train, generator=generator)
-    return head, matrix, prior
+        if t + 2 == len(tasks):
+            share = curvature_share(head, [a for a, _ in tasks[: t + 1]], prior)
+    return head, matrix, prior, share
+
+
+@torch.no_grad()
+def curvature_share(head: nn.Linear, past: Sequence[Examples], prior: Prior) -> float:
+    """The trace of the memory's curvature over that of all past examples, at the anchor."""
+
+    def trace(inputs: Any, weight: Tensor | float) -> float:
+        x = inputs if head.bias is None else torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        each = weight * prior.likelihood.hessian_trace(head(inputs))
+        return float((each * x.square().sum(1)).sum())
+
+    if prior.memory is None:
+        return 0.0
+    held = trace(prior.memory.inputs, prior.memory.soft_weight + prior.memory.hard_weight)
+    return held / sum(trace(data.inputs, 1.0) for data in past)
 
 
 def _without_constant(data: Examples) -> Examples:
@@ -323,14 +341,14 @@ def compare(
         rows, start = [], time.perf_counter()
         for seed, tasks in enumerate(tasks_by_seed):
             bias = name.endswith("bias")
-            head, matrix, prior = learn(
+            head, matrix, prior, share = learn(
                 tasks, likelihood, make, memory or 0, DELTA[part], bias=bias, seed=seed
             )
             row = _row(matrix)
             if part == "moons":
                 row["grid"] = _agreement(head, tasks, bias)
             if memory is not None:
-                row["kept"] = float(len(prior.memory or ()))
+                row |= {"kept": float(len(prior.memory or ())), "curvature": share}
             rows.append(row)
         found[name] = _summary(rows)
         cells = ", ".join(
