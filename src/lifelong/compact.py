@@ -91,7 +91,7 @@ def match_closed_form(rows: Tensor, k: int, scale: Scale | None = None) -> Compa
     """
     _require_rows(rows, k)
     _, s, u = torch.linalg.svd(compress(rows), full_matrices=False)
-    found = _rank(s, rows.shape)
+    found = _rank(s, rows)
     u, values = u[: min(k, found)], s[: min(k, found)].square()
     largest = u.gather(1, u.abs().argmax(1, keepdim=True))  # u and -u have the same curvature
     u = u * largest.sign()
@@ -121,7 +121,7 @@ def match_with_constant(rows: Tensor, k: int, scale: Scale | None = None) -> Com
         )
     mean = constant @ features / mass
     _, s, q = torch.linalg.svd(features - constant.unsqueeze(1) * mean, full_matrices=False)
-    found = _rank(s, rows.shape) if len(s) else 0
+    found = _rank(s, rows)
     size = min(k, found + 1)
     spread = s[: size - 1].unsqueeze(1) * q[: size - 1]
     points = mean + (size / mass).sqrt() * _level(size, rows)[:, 1:] @ spread
@@ -216,11 +216,10 @@ def _values(scale: Scale | None, vectors: Tensor) -> Tensor:
     return torch.ones_like(vectors[:, 0]) if scale is None else scale(vectors)
 
 
-def _rank(s: Tensor, shape: tuple[int, ...]) -> int:
-    """How many singular values are more than rounding."""
-    if not s[0] > 0:
-        return 0
-    return int((s > max(shape) * torch.finfo(s.dtype).eps * s[0]).sum())
+def _rank(s: Tensor, rows: Tensor) -> int:
+    """How many singular values are more than the rounding of ``rows``."""
+    rounding = 2 * max(rows.shape) * torch.finfo(s.dtype).eps * rows.norm()
+    return int((s > rounding).sum())
 
 
 def _require_rows(rows: Tensor, k: int) -> None:
