@@ -25,6 +25,7 @@ from lifelong.compact import (
     match_with_constant,
     scale_of,
 )
+from lifelong.learner import adam
 from lifelong.recipe import Recipe
 from lifelong.testing import laws, reference
 
@@ -366,6 +367,23 @@ def test_features_of_a_frozen_extractor():
     with lifelong.evaluating(extractor), torch.no_grad():
         assert torch.allclose(inputs[:, :-1], extractor(x).flatten(1), atol=1e-6)
     assert torch.as_tensor(features(nn.Identity(), (x, y)).inputs).shape == (11, 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_the_learner_class_by_class(bias):
+    centres = 4 * torch.eye(6, 8)
+    y = torch.arange(240) % 6
+    data = Examples(centres[y] + torch.randn(240, 8, generator=torch.Generator().manual_seed(1)), y)
+    stream = lifelong.split_by_class(data, data, classes_per_task=2, scenario="class")
+    accuracies = []
+    for prior in (
+        lifelong.compact_memory(Categorical(), memory=4, precision=1e-2),
+        lifelong.weight_decay(Categorical(), precision=1e-2),
+    ):
+        head = nn.Linear(8, 6, bias=bias)
+        learner = lifelong.Learner(head, prior, optimizer=adam(1e-2), epochs=30)
+        accuracies.append(learner.run(stream).average_accuracy)
+    assert accuracies[0] > accuracies[1] + 0.2
 
 
 # ------------------------------------------------------------------ bad input

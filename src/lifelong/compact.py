@@ -145,8 +145,8 @@ def match_em(
 
     divides lambda out again, and gives the vectors norm 1. A fixed point spans K leading
     eigenvectors of S, with the eigenvalues less eps. The span is found in few iterations; the
-    scale moves by a factor of about 1 + eps / eigenvalue in each, so with eps far below the
-    eigenvalues it stays near that of ``start`` for as many iterations as anyone waits
+    curvature along an eigenvector grows by about 2 eps in each, so with eps far below the
+    eigenvalues the scale stays near that of ``start`` for as many iterations as anyone waits
     (docs/compact-memory.md). ``match_closed_form`` is where it would go.
 
     Raises ValueError for rows or a start of the wrong shape, an eps that is not positive or
