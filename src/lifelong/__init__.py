@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .path import PathIntegral
     from .posterior import Posterior
     from .presets import (
+        compact_memory,
         der,
         derpp,
         ewc,
@@ -76,6 +77,7 @@ __all__ = [
     "WeightTerm",
     "blurred",
     "by_time",
+    "compact_memory",
     "dense_curvature",
     "der",
     "derpp",
@@ -118,6 +120,7 @@ _MODULES = {
     "path": ("PathIntegral",),
     "posterior": ("Posterior",),
     "presets": (
+        "compact_memory",
         "der",
         "derpp",
         "ewc",

@@ -41,10 +41,10 @@ def forget(
     ids: Tensor | None,
 ) -> tuple[Terms, int]:
     """(the terms without those examples, how many left); see ``Prior.forget``."""
-    if recipe.kernel or recipe.structure == "path":
+    if recipe.kernel or recipe.structure == "path" or recipe.compact:
         raise ValueError(
-            f"the {recipe.name} prior cannot forget single examples, since its kernels or its "
-            "path mix them; use a prior with a memory or a curvature, such as "
+            f"the {recipe.name} prior cannot forget single examples, since its kernels, its path "
+            "or its learned vectors mix them; use a prior with a memory or a curvature, such as "
             "gradient_reconstruction"
         )
     given = torch.empty(0, dtype=torch.int64)

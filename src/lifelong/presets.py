@@ -16,7 +16,7 @@ from typing import Literal
 from .divergences import KL, Logit
 from .likelihoods import Likelihood
 from .prior import Prior
-from .recipe import Estimator, Gradient, Recipe, require_strength
+from .recipe import Compact, Estimator, Gradient, Recipe, require_strength
 from .terms import Regulariser
 
 
@@ -138,6 +138,44 @@ def kprior(
         score=score,
         population=population,
         soft=strength,
+    )
+    return _prior(likelihood, recipe, precision)
+
+
+def compact_memory(
+    likelihood: Likelihood,
+    *,
+    precision: float = 1e-2,
+    memory: int = 20,
+    total: bool = False,
+    method: Compact = "closed_form",
+    damping: float = 1e-4,
+    iterations: int = 10,
+    strength: float = 1.0,
+) -> Prior:
+    r"""Compact memory (continual logistic regression, NeurIPS 2025), for a linear head:
+
+        strength sum_k w_k KL(p*_k ‖ p_k) + ½ precision ‖theta - theta*‖²  at learned vectors u_k.
+
+    The model is ``nn.Linear`` on frozen features (``lifelong.compact.features``). memory: vectors
+    for each task, or in ``total``; after a task old and new ones are learned again together, so
+    that their curvature is that of all examples so far, at any class. method: "closed_form" solves
+    that in one go; "em" is as published, with eps = ``damping`` and its ``iterations``, and is
+    for heads without a bias. Departs from the released code: the likelihood may be any, examples
+    of the new task are not clipped in p, and the old memory is read at the new weights.
+    Not in ``PRESETS``, which any network can take.
+    """
+    require_strength("strength", strength)
+    recipe = Recipe(
+        "compact_memory",
+        gradient="stationary",
+        memory=memory,
+        total=total,
+        score="random",
+        soft=strength,
+        compact=method,
+        compact_damping=damping,
+        compact_iterations=iterations,
     )
     return _prior(likelihood, recipe, precision)
 

@@ -383,10 +383,13 @@ class Prior:
         new = num_examples(data)
         if new == 0:
             raise ValueError("the data hold no examples; pass a task with at least one")
-        held, kept, evicted = recall.merge(
-            old, items, recipe, self.num_data, new, self.likelihood, generator
-        )
         over = Pass(model, data, self.likelihood, head, generator, batch_size)
+        if recipe.compact is not None:
+            held, kept, evicted = recall.compacted(old, items, recipe, over)
+        else:
+            held, kept, evicted = recall.merge(
+                old, items, recipe, self.num_data, new, self.likelihood, generator
+            )
         with evaluating(model):
             curvature = recall.curvature(
                 past.terms,

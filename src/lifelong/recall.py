@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import select
+from . import compact, select
 from .curvature import Curvature, dense_curvature, diagonal_curvature
 from .data import Data, Head
 from .jacobians import gradient as data_gradient
@@ -87,6 +87,38 @@ def merge(
         held[survivors:] if held is not None and len(held) > survivors else None,
         evicted if evicted is not None and len(evicted) else None,
     )
+
+
+def compacted(old: Memory | None, items: Memory | None, recipe: Recipe, over: Pass) -> Merged:
+    """The old vectors and the new data in vectors learned together, a task's items more than
+    before, or ``memory`` in all. ``items`` are where EM starts.
+
+    Raises ValueError for a head (a set of classes): vectors of several tasks have none.
+    """
+    if over.head is not None:
+        raise ValueError(
+            "a compact memory mixes the tasks, so that all outputs must compete for each vector; "
+            "expected data without a head, as scenario='class' or 'domain' gives them"
+        )
+    parts = [m for m in (old, items) if m is not None]
+    if not parts:
+        return Merged(None, None, None)
+    start = compact.CompactMemory.of(*parts)
+    size = recipe.memory if recipe.total and recipe.memory is not None else len(start)
+    held = compact.learn(
+        over.model,
+        over.data,
+        over.likelihood,
+        size=size,
+        start=start[:size],
+        old=old,
+        method=recipe.compact or "closed_form",
+        damping=recipe.compact_damping,
+        iterations=recipe.compact_iterations,
+        strength=recipe.soft,
+        batch_size=over.batch_size,
+    )
+    return Merged(held, None, None)
 
 
 def _bounded(

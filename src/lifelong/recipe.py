@@ -21,6 +21,7 @@ Estimator = Literal["exact", "mc", "empirical"]
 Gradient = Literal["stored", "carried", "stationary", "anchored", "none"]
 Kernel = Literal["gp", "identity"]
 Reference = Literal["joint", "separate"]
+Compact = Literal["em", "closed_form"]
 
 _CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
     {
@@ -30,6 +31,7 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
         "score": (*get_args(ScoreName), "k_centre"),
         "kernel": (*get_args(Kernel), None),
         "reference": (*get_args(Reference), None),
+        "compact": (*get_args(Compact), None),
     }
 )
 
@@ -68,6 +70,10 @@ class Recipe:
         kernel: "gp" (FROMP) or "identity" (FROMP-L2) couples the means of the outputs instead.
         kernel_precision, jitter: delta of FROMP's covariance, and what is added to K.
 
+        compact: the items are no examples but vectors learned from all of them and from the
+        vectors of before (``lifelong.compact``), by "em" or in "closed_form"; for a linear head.
+        compact_damping, compact_iterations: the EM's eps, and how often.
+
     On the data at hand
         distil: LwF's strength: the current inputs are the memory. Needs ``Prior.prepare``.
         reference: not a prior but a yardstick, for the learner: "joint" trains on all data
@@ -96,6 +102,9 @@ class Recipe:
     kernel: Kernel | None = None
     kernel_precision: float = 1e-3
     jitter: float = 1e-6
+    compact: Compact | None = None
+    compact_damping: float = 1e-4
+    compact_iterations: int = 10
     distil: float = 0.0
     reference: Reference | None = None
 
@@ -107,7 +116,7 @@ class Recipe:
             raise ValueError(f"memory must not be negative, got {self.memory}")
         for name in ("strength", "soft", "hard", "distil", "jitter"):
             require_strength(name, getattr(self, name))
-        for name in ("path_damping", "kernel_precision"):
+        for name in ("path_damping", "kernel_precision", "compact_damping"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be finite and positive, got {value}")
@@ -118,6 +127,17 @@ class Recipe:
             raise ValueError(
                 f"a total memory compares old and new examples, which score={self.score!r} "
                 "cannot; use random, lambda or residual"
+            )
+
+        if self.compact_iterations < 1:
+            raise ValueError(
+                f"compact_iterations must be at least 1, got {self.compact_iterations}"
+            )
+        others = (self.structure, self.kernel, self.hard or None, self.replay_fraction or None)
+        if self.compact is not None and (not self.memory or any(x is not None for x in others)):
+            raise ValueError(
+                "compact vectors have no true labels and carry all of the curvature: expected a "
+                "memory of at least 1, and no structure, kernel, hard or replay_fraction"
             )
 
     @property
