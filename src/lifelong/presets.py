@@ -80,8 +80,8 @@ def online_laplace(
     r"""The Laplace posterior N(theta*, (precision I + GGN)⁻¹) as the next prior (Ritter 2018).
 
     With structure="diagonal" and precision=0 it is ``ewc(online=True)``. Exact for a Gaussian
-    likelihood and a linear model with structure="dense". Ritter et al. use "kronecker", and add the
-    factors of the tasks; here the products are added, one kept for each task.
+    likelihood and a linear model with structure="dense". With
+    "kronecker" the sum over tasks is exact: one product is kept for each (see docs/curvature.md).
     """
     recipe = Recipe(
         "online_laplace",
