@@ -358,6 +358,31 @@ def test_the_batch_size_does_not_matter(batch_size: int, log_set: int, structure
         close(whole(fit(batch_size=batch_size), model), whole(together, model))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    stride=st.integers(1, 2),
+    height=st.integers(4, 7),
+    bias=st.booleans(),
+    mode=st.sampled_from(["zeros", "circular"]),
+)
+def test_convolutions_by_rows(kernel, padding, stride, height, bias, mode) -> None:
+    """The sums over rows are those of the patches, at every edge and with every weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, kernel, (1, stride), padding, bias=bias, padding_mode=mode),
+        nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ).double()  # fmt: skip
+    data = Examples(torch.randn(N, 2, height, 5, dtype=torch.float64), torch.zeros(N).long())
+    w = torch.rand(N, dtype=torch.float64)
+    by_rows = kfac_of(model, data, Categorical(), weights=w)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kfac, "_by_rows", lambda *_: None)
+        patches = kfac_of(model, data, Categorical(), weights=w)
+    close(whole(by_rows, model), whole(patches, model))
+
+
 def test_blocks_of_columns_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, likelihood = case("conv2d")
     truth = whole(kfac_of(model, data, likelihood), model)

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..hooks import Factor, Outer, Positions, Trace, accumulator
+from ..hooks import Factor, Outer, Positions, Trace, Use, accumulator, unfold, upcast
 from .base import Curvature, Shapes, sizes
 from .dense import Dense
 from .diagonal import Diagonal
@@ -56,19 +57,62 @@ class Layer:
         zeros = factor.g.new_zeros
         return cls(shapes, zeros(groups, rows, rows), zeros(groups, columns, columns), zeros(()))
 
-    def add(self, factor: Outer | Positions, w: Tensor, rule: PositionRule) -> None:
+    def add(
+        self, factor: Outer | Positions, w: Tensor, rule: PositionRule, use: Use | None = None
+    ) -> None:
+        """use: the layer's only call, where its rows can be taken one by one (``_by_rows``)."""
         g, inputs = _sides(factor, rule)
         w = w.to(g.dtype)
         for each in g:  # (B, N, L, O)
             _add_gram(self.left, each, w)
-        for part in _parts(self, g):
+        if use is not None and rule == "expand":
+            self._add_rows(use, w.abs())
+        for part in _parts(self, g) if use is None or rule == "reduce" else ():
             a, size = inputs(part), w[part].abs()
             width = a.shape[-1]
             _add_gram(self.right[:, :width, :width], a, size)
             if width < self.right.shape[-1]:
-                self.right[:, -1, :-1] += torch.einsum("n,ngi->gi", size, a.sum(2))
+                summed = a[:, :, 0] if a.shape[2] == 1 else a.sum(2)
+                self.right[:, -1, :-1] += torch.einsum("n,ngi->gi", size, summed)
                 self.right[:, -1, -1] += size.sum() * a.shape[2]
         self.count += w.abs().sum() * g.shape[3]
+
+    def _add_rows(self, use: Use, w: Tensor) -> None:
+        """The inputs of a convolution with a vertical stride of 1, unfolded sideways alone.
+
+        R[dy', dy] = sum_y U(y + dy' - dy) U(y)ᵀ over the rows y from dy to dy + H - 1 of the
+        padded image: for one shift dy' - dy the sums differ in the first and the last rows only.
+        So k matrix products of all rows do for a kernel of height k, where patches need k².
+        """
+        module: Any = use.module
+        high, wide = module.kernel_size
+        rows, width = use.shape[2:]
+        flat = SimpleNamespace(
+            kernel_size=(1, wide),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            padding_mode=module.padding_mode,
+        )
+        n = use.a.shape[1] * wide
+        total = w.new_zeros(high, n, high, n)  # [dy', :, dy, :], dy <= dy'
+        sums = w.new_zeros(high, n)
+        step = max(1, _CHUNK // (4 * n * (rows + high) * width))
+        for start in range(0, len(w), step):
+            size = w[start : start + step]
+            x = unfold(flat, upcast(use.a[start : start + step]))  # (b, C * wide, rows * width)
+            _add_shifted(total, x, size, rows, width)
+            each = (size @ x.flatten(1)).reshape(n, -1, width).sum(-1)
+            sums += torch.stack([each[:, dy : dy + rows].sum(-1) for dy in range(high)])
+        columns = high * n
+        order = torch.arange(columns, device=w.device).reshape(high, -1, wide)
+        order = order.transpose(0, 1).flatten()  # (C, high, wide) from (high, C, wide)
+        gram = _symmetric(total.reshape(columns, columns))
+        right = self.right[0]
+        right[:columns, :columns] += gram[order.unsqueeze(1), order]
+        if len(right) > columns:
+            right[-1, :-1] += sums.flatten()[order]
+            right[-1, -1] += w.sum() * rows * width
 
     def kronecker(self) -> Kronecker:
         count = torch.where(self.count == 0, torch.ones_like(self.count), self.count)
@@ -94,7 +138,8 @@ class Sums:
             self._claim(shapes, weight)
             if weight not in self.layers:
                 self.layers[weight] = Layer.of(shapes, factor)  # type: ignore[arg-type]
-            self.layers[weight].add(factor, w, self.rule)  # type: ignore[arg-type]
+            use = _by_rows(trace, weight)
+            self.layers[weight].add(factor, w, self.rule, use)  # type: ignore[arg-type]
             for name in shapes:
                 del factors[name]
         for name, factor in factors.items():
@@ -222,6 +267,48 @@ def _sides(
     if rule == "expand":
         return factor.g, factor.a
     return factor.g.sum(-2, keepdim=True), lambda part: factor.a(part).mean(-2, keepdim=True)
+
+
+def _add_shifted(total: Tensor, x: Tensor, w: Tensor, rows: int, width: int) -> None:
+    """total (k, D, k, D), the blocks dy <= dy', += those of x (b, D, rows of the image * width)."""
+    high, size = total.shape[:2]
+    uniform = bool((w == w[0]).all())
+    scale, weighted = (float(w[0]), x) if uniform else (1.0, x * w[:, None, None])
+
+    def add(out: Tensor, shift: int, start: int, end: int) -> None:
+        """out += sum over rows y in [start, end) of U(y + shift) U(y)ᵀ."""
+        left = x[:, :, (start + shift) * width : (end + shift) * width]
+        out.addbmm_(left, weighted[:, :, start * width : end * width].mT, alpha=scale)
+
+    for shift in range(high):
+        last = high - 1 - shift  # the largest dy; rows from there on are in all sums
+        core = x.new_zeros(size, size)
+        if last < rows:
+            add(core, shift, last, rows)
+        for dy in range(last + 1):
+            block = core.clone()
+            if last < rows:
+                add(block, shift, dy, last)
+                add(block, shift, rows, dy + rows)
+            else:
+                add(block, shift, dy, dy + rows)
+            total[dy + shift, :, dy] += block
+
+
+def _by_rows(trace: Trace, weight: str) -> Use | None:
+    """The only call of a convolution whose kernel moves down one row at a time."""
+    (use, _), *more = trace.uses_of[weight]
+    module: Any = use.module
+    fits = (
+        not more
+        and type(module) is nn.Conv2d
+        and module.groups == 1
+        and module.stride[0] == module.dilation[0] == 1
+        and module.kernel_size[0] > 1
+        and not isinstance(module.padding, str)
+        and use.shape[0] == len(trace.f)
+    )
+    return use if fits else None
 
 
 def _parts(layer: Layer, g: Tensor) -> Iterator[slice]:
