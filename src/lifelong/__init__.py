@@ -11,7 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .curvature import Dense, Diagonal, dense_curvature, diagonal_curvature
+    from .curvature import (
+        BlockDiagonal,
+        Dense,
+        Diagonal,
+        EigenKronecker,
+        Isotropic,
+        Kronecker,
+        LowRank,
+        block_curvature,
+        dense_curvature,
+        diagonal_curvature,
+        isotropic_curvature,
+        kronecker_curvature,
+        low_rank_curvature,
+    )
     from .data import Examples
     from .divergences import KL, Logit
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
@@ -52,15 +66,20 @@ __all__ = [
     "KL",
     "AccuracyMatrix",
     "Bernoulli",
+    "BlockDiagonal",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "Examples",
     "Gaussian",
+    "Isotropic",
     "KernelTerm",
+    "Kronecker",
     "Learner",
     "Logit",
+    "LowRank",
     "Memory",
     "MemoryTerm",
     "NonFiniteError",
@@ -75,6 +94,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "WeightTerm",
+    "block_curvature",
     "blurred",
     "by_time",
     "compact_memory",
@@ -90,8 +110,11 @@ __all__ = [
     "fromp",
     "gradient_reconstruction",
     "identify",
+    "isotropic_curvature",
     "joint",
     "kprior",
+    "kronecker_curvature",
+    "low_rank_curvature",
     "lwf",
     "memorise",
     "online_ewc",
@@ -108,7 +131,21 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
-    "curvature": ("Dense", "Diagonal", "dense_curvature", "diagonal_curvature"),
+    "curvature": (
+        "BlockDiagonal",
+        "Dense",
+        "Diagonal",
+        "EigenKronecker",
+        "Isotropic",
+        "Kronecker",
+        "LowRank",
+        "block_curvature",
+        "dense_curvature",
+        "diagonal_curvature",
+        "isotropic_curvature",
+        "kronecker_curvature",
+        "low_rank_curvature",
+    ),
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),

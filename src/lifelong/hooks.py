@@ -552,7 +552,7 @@ def _layer_input(use: Use, b: int, part: slice) -> Tensor:
         mean, var = module.running_mean, module.running_var
         x = F.batch_norm(a, mean, var, eps=module.eps).reshape(*a.shape[:2], -1)
     else:
-        x = _unfold(module, a)  # (n * r, G * I, L)
+        x = unfold(module, a)  # (n * r, G * I, L)
     groups = _groups_of(module)
     x = x.reshape(n, r, groups, x.shape[1] // groups, x.shape[2])
     if r == 1:
@@ -560,7 +560,7 @@ def _layer_input(use: Use, b: int, part: slice) -> Tensor:
     return x.permute(0, 2, 1, 4, 3).reshape(n, groups, -1, x.shape[3])
 
 
-def _unfold(module: Any, a: Tensor) -> Tensor:
+def unfold(module: Any, a: Tensor) -> Tensor:
     """Patches of a convolution's input: (n, I * kernel, L). Conv1d is a Conv2d of height 1."""
     kernel_size, stride, dilation = module.kernel_size, module.stride, module.dilation
     if isinstance(module.padding, str):
