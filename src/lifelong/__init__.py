@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     )
     from .data import Examples
     from .divergences import KL, Logit
+    from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .function_space import function_covariance, function_kernel
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -69,6 +71,7 @@ __all__ = [
     "EigenKronecker",
     "Examples",
     "Gaussian",
+    "GaussianProcess",
     "Isotropic",
     "KernelTerm",
     "Kronecker",
@@ -101,6 +104,8 @@ __all__ = [
     "experience_replay",
     "finetune",
     "fromp",
+    "function_covariance",
+    "function_kernel",
     "gradient_reconstruction",
     "identify",
     "joint",
@@ -110,6 +115,7 @@ __all__ = [
     "online_ewc",
     "online_laplace",
     "permuted",
+    "pseudo_data",
     "rotated",
     "separate",
     "si",
@@ -134,7 +140,9 @@ _MODULES = {
     ),
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
+    "dnn2gp": ("GaussianProcess", "pseudo_data"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "function_space": ("function_covariance", "function_kernel"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),
