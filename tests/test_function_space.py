@@ -21,8 +21,10 @@ from lifelong import (
     diagonal_curvature,
     hooks,
 )
+from lifelong.curvature import BlockDiagonal, Curvature, Isotropic, Kronecker, LowRank
 from lifelong.function_space import function_covariance, function_kernel
 from lifelong.jacobians import leverage
+from lifelong.models import parameters
 from lifelong.testing.reference import flatten, jacobian
 
 DELTA = 0.3
@@ -87,6 +89,92 @@ def test_a_mask_leaves_zeros_outside_and_changes_nothing_inside(head):
     assert torch.allclose(made, torch.einsum("bcbd->bcd", every) * keep[:, None] * keep)
     small = function_kernel(net(), x, g, DELTA, outputs="sum", mask=mask)
     assert torch.allclose(small, torch.einsum("bcnd,c,d->bn", every, keep, keep))
+
+
+def structures(model: nn.Module, layers: tuple[str, ...]) -> dict[str, Curvature]:
+    """One of each kind over a model's parameters; layers: those with a Kronecker block."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    params = parameters(model)
+    shapes = {n: p.shape for n, p in params.items()}
+    products: list[Curvature] = []
+    for layer in layers:
+        own = {n: s for n, s in shapes.items() if n.startswith(layer)}
+        o, i = shapes[f"{layer}.weight"][0], shapes[f"{layer}.weight"][1:].numel() + len(own) - 1
+        left, right = randn(1, 1, o, o), randn(1, 1, i, i)
+        products.append(Kronecker(left @ left.mT, right @ right.mT, own))
+    eigen = [b.eigen if isinstance(b, Kronecker) else b for b in products]
+    rest = {n: randn(*s).square() for n, s in shapes.items() if n.split(".")[0] not in layers}
+    more = (Diagonal(rest),) if rest else ()
+    return {
+        "isotropic": Isotropic(torch.tensor(0.5).double(), shapes),
+        "diagonal": Diagonal({n: randn(*s).square() for n, s in shapes.items()}),
+        "kronecker": BlockDiagonal((*products, *more)),
+        "eigen": BlockDiagonal((*more, *eigen)),
+        "low rank": LowRank({n: randn(3, *s) for n, s in shapes.items()}, randn(3).square()),
+        "mixed": BlockDiagonal((products[0].dense(), *eigen[1:], *more)),
+    }
+
+
+class Tied(nn.Module):
+    """One layer used twice, one without a bias, and a bias of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.last = nn.Linear(2, 3, bias=False)
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.inner(x).tanh()).tanh()) + self.shift
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2)),
+        nn.Conv2d(1, 2, (1, 2)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(2, 3),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["isotropic", "diagonal", "kronecker", "eigen", "low rank", "mixed"]
+)
+@pytest.mark.parametrize(
+    ("make", "layers"), [(net, ("0", "2")), (Tied, ("inner", "last")), (conv, ("1", "4"))]
+)
+def test_every_structure_on_every_layer(make, layers, kind, masked, monkeypatch):
+    monkeypatch.setattr(hooks, "WORKING_SET", 2000)  # a few examples at a time
+    torch.manual_seed(0)
+    model, x = make().double(), draw(5, 1)
+    g = structures(model, layers)[kind]
+    j = flatten(jacobian(model, x))
+    whole = (Dense.zeros_like(parameters(model)) + Dense(g.dense().matrix, g.shapes)).matrix
+    expected = j @ torch.linalg.inv(whole + DELTA * torch.eye(len(whole)).double()) @ j.mT
+    mask = None
+    if masked:
+        mask = torch.arange(j.shape[1]) != 1
+        expected = expected * mask[:, None] * mask
+    made = function_covariance(model, x, g, DELTA, mask=mask)
+    assert torch.allclose(made, expected)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "eigen", "isotropic"])
+def test_a_linear_layers_jacobian_is_never_multiplied_out(kind, monkeypatch):
+    def fail(self: hooks.Outer) -> Tensor:
+        raise AssertionError("multiplied out")
+
+    model, x = net(), draw(3)
+    g = structures(model, ("0", "2"))[kind]
+    expected = function_covariance(model, x, g.dense(), DELTA)
+    monkeypatch.setattr(hooks.Outer, "rows", fail)
+    assert torch.allclose(function_covariance(model, x, g, DELTA), expected)
 
 
 def test_the_diagonal_is_the_leverage():

@@ -3,19 +3,29 @@ r"""What a Gaussian over the weights says of the outputs, the model linearised: 
 f(x) ~ N(f*(x), J(x) Sigma J(x)ᵀ) with Sigma = (G + damping I)⁻¹ and J the Jacobian at the model's
 present weights: the linearised (GLM) predictive, and, between examples, the kernel of the Gaussian
 process that a network is (Khan et al. 2019, DNN2GP). Both come from one product,
-``curvature.half(J)``, whose rows have Sigma as their inner product, a few examples at a time.
+``curvature.half(J)``, whose rows have Sigma as their inner product, a few examples at a time. Where
+Sigma is diagonal over a linear layer, in some basis, J is not multiplied out:
+sum_oi (g_o a_i) s_oi (g'_o a_i) = sum_o g_o g'_o (s a²)_o.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature
-from .hooks import Engine, accumulator
+from .curvature import (
+    BlockDiagonal,
+    Curvature,
+    Diagonal,
+    EigenKronecker,
+    Isotropic,
+    Kronecker,
+)
+from .curvature.base import require_positive
+from .hooks import PROBE_ROWS, Engine, Factor, Outer, Trace, accumulator
 from .jacobians import (
     choose_like,
     differentiating,
@@ -50,11 +60,18 @@ def function_covariance(
     features = _Features(model, curvature, damping, likelihood, mask)
     with differentiating(model):
         inputs = features.prepare(inputs)
-        parts = []
-        for piece in features.pieces(inputs):
-            u = features(take(inputs, piece))
-            parts.append(features.spread(u @ u.mT))
-    return torch.cat(parts)
+        layers, rest = _layers(features, inputs)
+        total = torch.zeros(())
+        if layers:
+            total = _layered(features, layers, inputs)
+        if rest is not None:
+            own = features if not layers else _Features(model, rest, damping, likelihood, mask)
+            parts = []
+            for piece in own.pieces(inputs):
+                u = own(take(inputs, piece))
+                parts.append(own.spread(u @ u.mT))
+            total = total + torch.cat(parts)
+    return total
 
 
 def function_kernel(
@@ -167,11 +184,12 @@ class _Features:
         require_independent(self.engine.model, inputs)
         return inputs
 
-    def pieces(self, inputs: Inputs) -> Iterator[slice]:
+    def pieces(self, inputs: Inputs, whole: bool = True) -> Iterator[slice]:
         directions = None if self.mask is None else int(self.mask.sum())
-        return self.engine.pieces(inputs, directions, whole=True)
+        return self.engine.pieces(inputs, directions, whole=whole)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def trace(self, inputs: Inputs) -> tuple[Trace, Tensor]:
+        """A checked forward pass, and the directions to pull back: (K, b, C)."""
         trace = self.engine.trace(inputs)
         f = trace.f.detach()
         require_finite(f, "an output of the model")
@@ -179,6 +197,10 @@ class _Features:
             self.likelihood.mask(f, self.mask)  # raises where no mask is possible
         v = _directions(f, self.mask)
         self.used, self.count = v[:, 0].argmax(dim=1), f.shape[1]
+        return trace, v
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        trace, v = self.trace(inputs)
         jacobian = {name: x.transpose(0, 1) for name, x in trace.rows(v).items()}
         return self.curvature.half(jacobian, self.damping)
 
@@ -189,6 +211,83 @@ class _Features:
         out = small.new_zeros(*small.shape[:-2], self.count, self.count)
         out[..., self.used.unsqueeze(1), self.used] = small
         return out
+
+
+class _Layer(NamedTuple):
+    """A linear layer's covariance in the basis where it is diagonal: (U ⊗ V) diag(s) (U ⊗ V)ᵀ."""
+
+    variance: Tensor  # s (O, I), the bias as the last column where there is one
+    left: Tensor | None = None  # U (O, O), None for the identity
+    right: Tensor | None = None  # V (I, I)
+    bias: str | None = None
+
+
+def _layers(features: _Features, inputs: Inputs) -> tuple[dict[str, _Layer], Curvature | None]:
+    """The linear layers' weights whose Jacobian need not be multiplied out, and what is left of
+    the curvature: independent of them, so the two covariances add."""
+    trace, v = features.trace(take(inputs, slice(0, PROBE_ROWS)))
+    factors = trace.pull(v[:1])
+    curvature, damping = features.curvature, features.damping
+    layers: dict[str, _Layer] = {}
+    rest: list[Curvature] = []
+    for block in curvature.blocks if isinstance(curvature, BlockDiagonal) else (curvature,):
+        names = [name for name in block.shapes if isinstance(factors.get(name), Outer)]
+        if names and isinstance(block, Diagonal | Isotropic):
+            variances = block.inverse_diagonal(damping)
+            layers |= {name: _Layer(variances[name]) for name in names}
+            others = [name for name in block.shapes if name not in names]
+            if others:
+                rest.append(_part(block, others))
+        elif names and (layer := _kronecker_layer(block, factors, damping)):
+            layers[names[0]] = layer
+        else:
+            rest.append(block)
+    if len(rest) < 2:
+        return layers, rest[0] if rest else None
+    return layers, BlockDiagonal(tuple(rest))
+
+
+def _part(block: Diagonal | Isotropic, names: list[str]) -> Curvature:
+    if isinstance(block, Diagonal):
+        return Diagonal({name: block.values[name] for name in names})
+    return Isotropic(block.value, {name: block.shapes[name] for name in names})
+
+
+def _kronecker_layer(
+    block: Curvature, factors: Mapping[str, Factor], damping: float
+) -> _Layer | None:
+    """None where the block is no single product over one weight and the bias of its layer."""
+    if not isinstance(block, Kronecker | EigenKronecker) or block.num_products != 1:
+        return None
+    eigen = block.eigen if isinstance(block, Kronecker) else block
+    weight, bias = (*block.shapes, None)[:2]
+    outer = factors[weight or ""]
+    if eigen.values.shape[1] != 1 or not isinstance(outer, Outer):
+        return None
+    if bias is not None and not torch.equal(factors[bias].rows(), outer.g):
+        return None  # of another layer, or used twice
+    require_positive(float(eigen.values.min()) + damping, damping)
+    left, right = (x if x is None else x[0, 0] for x in (eigen.left, eigen.right))
+    return _Layer((eigen.values[0, 0] + damping).reciprocal(), left, right, bias)
+
+
+def _layered(features: _Features, layers: Mapping[str, _Layer], inputs: Inputs) -> Tensor:
+    """sum over layers of sum_oi g_ko g_lo s_oi a_i², g and a in the layer's basis: (B, C, C)."""
+    names, parts = frozenset(layers), []
+    for piece in features.pieces(inputs, whole=False):
+        trace, v = features.trace(take(inputs, piece))
+        total = v.new_zeros(v.shape[1], len(v), len(v))
+        for name, factor in trace.pull(v, names).items():
+            layer, outer = layers[name], cast(Outer, factor)  # one layout for all inputs of a call
+            g, a = outer.g, outer.a
+            if layer.bias is not None:
+                a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+            g = g if layer.left is None else g @ layer.left.to(g.dtype)
+            a = a if layer.right is None else a @ layer.right.to(a.dtype)
+            scaled = g * (a.square() @ layer.variance.T.to(a.dtype))  # (K, b, O)
+            total += scaled.transpose(0, 1) @ g.permute(1, 2, 0)
+        parts.append(features.spread(total))
+    return torch.cat(parts)
 
 
 def _on(curvature: Curvature, device: torch.device) -> Curvature:
