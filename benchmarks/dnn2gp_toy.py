@@ -59,26 +59,29 @@ class Config:
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x (n, 1) from three clusters, y (n, 1) = sin(2 x) + noise that depends on the cluster."""
+    """x (n, 1) from three clusters, y (n, 1) = sin(2 x) + noise that depends on the cluster.
+
+    In float64: with a large precision the squared gradients underflow in float32, which is slow.
+    """
     shares = torch.tensor([0.45, 0.1, 0.45])
     cluster = torch.multinomial(shares, n, replacement=True, generator=generator)
     left, width = torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
     x = left[cluster] + width[cluster] * torch.rand(n, generator=generator)
     noise = torch.tensor([0.1, 1.0, 0.1])[cluster] * torch.randn(n, generator=generator)
-    return x.unsqueeze(1), (torch.sin(2 * x) + noise).unsqueeze(1)
+    return x.double().unsqueeze(1), (torch.sin(2 * x) + noise).double().unsqueeze(1)
 
 
 def make_model(width: int) -> nn.Module:
     return nn.Sequential(
         nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
-    )
+    ).double()
 
 
 class Networks:
     """M networks with their weights stacked, name -> (M, *shape)."""
 
     def __init__(self, width: int, seeds: Sequence[int]) -> None:
-        made = {}
+        made, self.width = {}, width
         for seed in dict.fromkeys(seeds):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -100,7 +103,6 @@ class Networks:
         weights = list(self.params.values())
         optimizer = torch.optim.Adam(weights, lr=config.lr)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-        precisions = precisions.to(x.dtype)
         for _ in range(config.steps):
             optimizer.zero_grad()
             nll = 0.5 * (y - self(x)).square().flatten(1).sum(1) / config.noise_sd**2
@@ -112,9 +114,9 @@ class Networks:
         return grads.sum(0).sqrt()
 
     def model(self, index: int) -> nn.Module:
-        """One of the networks, in float64."""
-        module = make_model(self.base[0].out_features).double()  # type: ignore[index, union-attr, arg-type]
-        module.load_state_dict({n: p[index].detach().double() for n, p in self.params.items()})
+        """One of the networks."""
+        module = make_model(self.width)
+        module.load_state_dict({n: p[index].detach() for n, p in self.params.items()})
         return module
 
 
@@ -126,7 +128,7 @@ def mse(f: Tensor, y: Tensor) -> Tensor:
 def laplace(model: nn.Module, x: Tensor, y: Tensor, precision: float, noise_sd: float) -> Posterior:
     return Posterior.laplace(
         model,
-        (x.double(), y.double()),
+        (x, y),
         Gaussian(noise_sd),
         prior_precision=precision,
         structure="dense",
@@ -146,7 +148,7 @@ def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     gradient = networks.fit(x[each], y[each], grid.repeat(config.data_sets), config)
     say(f"{len(each)} networks trained, largest gradient norm {float(gradient.max()):.2g}")
     with torch.no_grad():
-        test_loss = mse(networks(x_test[each]), y_test[each]).double().reshape(shape)
+        test_loss = mse(networks(x_test[each]), y_test[each]).reshape(shape)
     evidence = torch.stack(
         [
             laplace(
@@ -205,7 +207,7 @@ def function_space_gap(
     by_functions = [
         GaussianProcess.fit(
             networks.model(k),
-            (x[0].double(), y[0].double()),
+            (x[0], y[0]),
             Gaussian(config.noise_sd),
             prior_precision=float(precision),
         ).log_evidence()

@@ -28,9 +28,9 @@ def test_networks_trained_together_are_those_trained_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = dnn2gp_toy.draw(10, generator)
     both = dnn2gp_toy.Networks(3, [1, 2])
-    both.fit(x.expand(2, -1, -1), y.expand(2, -1, -1), torch.tensor([0.1, 3.0]), config)
+    both.fit(x.expand(2, -1, -1), y.expand(2, -1, -1), torch.tensor([0.1, 3.0]).double(), config)
     alone = dnn2gp_toy.Networks(3, [2])
-    alone.fit(x.unsqueeze(0), y.unsqueeze(0), torch.tensor([3.0]), config)
+    alone.fit(x.unsqueeze(0), y.unsqueeze(0), torch.tensor([3.0]).double(), config)
     for name, value in alone.params.items():
         torch.testing.assert_close(value[0], both.params[name][1])
 
