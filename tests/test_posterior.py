@@ -316,6 +316,16 @@ def test_every_structure_says_what_its_matrix_says(structure):
     torch.testing.assert_close(ours.log_evidence(0.3), theirs.log_evidence(0.3))
     best = [p.maximise_evidence().prior_precision for p in (ours, theirs)]
     assert abs(best[0] / best[1] - 1) < 1e-6
+    prior, model = ours.as_prior(Categorical()), net()
+    at_mean = prior(model).detach()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * draw(*p.shape)
+    d = {n: p.detach() - ours.mean[n] for n, p in parameters(model).items()}
+    density = 0.5 * (g.quad(d) + DELTA * flat(d).square().sum())
+    assert torch.allclose(prior(model) - at_mean, density)
+    given = Posterior.laplace(net(), data(), Categorical(), prior_precision=DELTA, curvature=g)
+    torch.testing.assert_close(given.log_evidence(0.3), ours.log_evidence(0.3))
     draws = ours.sample(3, generator)
     assert {n: d.shape for n, d in draws.items()} == {n: (3, *s) for n, s in shapes.items()}
 
@@ -385,5 +395,11 @@ def test_errors():
         Posterior({"w": torch.zeros(2)}, curvature, 0.0)
     with pytest.raises(ValueError, match="structure must be 'diagonal' or 'dense', got 'path'"):
         Posterior.laplace(net(), data(), Categorical(), prior_precision=1.0, structure="path")  # type: ignore[arg-type]
+    with pytest.raises(StaleAnchorError, match="the model has other parameters"):
+        Posterior.laplace(net(), data(), Categorical(), prior_precision=1.0, curvature=curvature)
     with pytest.raises(NotRepeatableError, match="training mode"):
         Posterior.laplace(net(nn.Dropout(0.5)), data(), Categorical(), prior_precision=1.0)
+    dropout = net(nn.Dropout(0.5))
+    own = Diagonal.zeros_like(parameters(dropout))
+    with pytest.raises(NotRepeatableError, match="training mode"):
+        Posterior.laplace(dropout, data(), Categorical(), prior_precision=1.0, curvature=own)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from . import hooks
 from .curvature import Curvature, Dense
+from .curvature.base import require_same
 from .data import BATCH_SIZE, Data, Head
 from .function_space import function_covariance
 from .hooks import upcast
-from .jacobians import checked, weighted_batches
+from .jacobians import checked, require_deterministic_mode, weighted_batches
 from .likelihoods import Gaussian, Likelihood, require_hessian
 from .models import (
     Inputs,
@@ -106,23 +107,30 @@ class Posterior:
         prior_precision: float,
         structure: Literal["diagonal", "dense"] = "diagonal",
         estimator: Estimator = "exact",
+        curvature: Curvature | None = None,
         head: Head | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Posterior:
         """Laplace's method at the model's present weights, a minimum of nll + delta/2 ||theta||².
 
-        Raises ValueError for another structure, TypeError for a likelihood without a Hessian; else
-        as ``diagonal_curvature``.
+        curvature: of these data at these weights, in any structure, where it is at hand; structure
+        and estimator are then not used.
+
+        Raises ValueError for another structure, TypeError for a likelihood without a Hessian,
+        StaleAnchorError for a curvature of other parameters; else as ``diagonal_curvature``.
         """
         if structure not in ("diagonal", "dense"):
             raise ValueError(f"structure must be 'diagonal' or 'dense', got {structure!r}")
-        if estimator == "exact":
-            require_hessian(likelihood, "Laplace's method")
-        recipe = Recipe(structure=structure, estimator=estimator)
         over = Pass(model, data, likelihood, head, generator, batch_size)
-        curvature = fit_curvature(recipe, over)
-        return cls(snapshot(parameters(model)), curvature, prior_precision, _fit(over))
+        if curvature is None:
+            if estimator == "exact":
+                require_hessian(likelihood, "Laplace's method")
+            curvature = fit_curvature(Recipe(structure=structure, estimator=estimator), over)
+        require_deterministic_mode(model)
+        mean = snapshot(parameters(model))
+        require_same(curvature.shapes, mean, "the model")
+        return cls(mean, curvature, prior_precision, _fit(over))
 
     # ---------------------------------------------------------------- weights
 
@@ -309,7 +317,11 @@ class Posterior:
     # ---------------------------------------------------------------- as a prior
 
     def as_prior(self, likelihood: Likelihood) -> Prior:
-        """-log N(theta; mean, precision⁻¹) up to a constant: online Laplace's prior."""
+        """-log N(theta; mean, precision⁻¹) up to a constant: online Laplace's prior.
+
+        It holds a curvature of any structure; what an update adds is diagonal, or dense to dense,
+        so a prior of another structure is one to learn under, not to update.
+        """
         structure = "dense" if isinstance(self.curvature, Dense) else "diagonal"
         recipe = Recipe("online_laplace", structure=structure, gradient="anchored")
         pulled = {n: -self.prior_precision * m for n, m in self.mean.items()}
