@@ -47,7 +47,7 @@ class Config:
     test: int = 2000
     width: int = 20
     noise_sd: float = 1.0
-    steps: int = 10_000
+    steps: int = 5_000
     lr: float = 0.02
     refits: int = 5
     seed: int = 7
