@@ -12,7 +12,17 @@ from .block_diagonal import PREFIX as _BLOCKS
 from .block_diagonal import BlockDiagonal
 from .dense import Dense
 from .diagonal import Diagonal
-from .estimators import Estimator, dense_curvature, diagonal_curvature
+from .estimators import (
+    Estimator,
+    Structure,
+    block_curvature,
+    dense_curvature,
+    diagonal_curvature,
+    estimate,
+    isotropic_curvature,
+    kronecker_curvature,
+    low_rank_curvature,
+)
 from .isotropic import Isotropic
 from .kronecker import EigenKronecker, Kronecker
 from .low_rank import LowRank
@@ -27,9 +37,15 @@ __all__ = [
     "Isotropic",
     "Kronecker",
     "LowRank",
+    "Structure",
+    "block_curvature",
     "dense_curvature",
     "diagonal_curvature",
+    "estimate",
     "from_state_dict",
+    "isotropic_curvature",
+    "kronecker_curvature",
+    "low_rank_curvature",
 ]
 
 
