@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks
-from .curvature import Curvature, Dense
+from .curvature import Curvature, Dense, Estimator, Structure, estimate
 from .curvature.base import require_same
 from .data import BATCH_SIZE, Data, Head
 from .function_space import function_covariance
@@ -39,8 +39,8 @@ from .models import (
 )
 from .predictive import Predictive, averaged, gaussian_draws, holding, linearised
 from .prior import Prior
-from .recall import Pass, fit_curvature
-from .recipe import Estimator, Recipe
+from .recall import Pass
+from .recipe import Recipe
 from .terms import Regulariser, WeightTerm
 
 Method = Literal["glm", "mc", "mean"]
@@ -105,7 +105,7 @@ class Posterior:
         likelihood: Likelihood,
         *,
         prior_precision: float,
-        structure: Literal["diagonal", "dense"] = "diagonal",
+        structure: Structure = "diagonal",
         estimator: Estimator = "exact",
         curvature: Curvature | None = None,
         head: Head | None = None,
@@ -120,13 +120,18 @@ class Posterior:
         Raises ValueError for another structure, TypeError for a likelihood without a Hessian,
         StaleAnchorError for a curvature of other parameters; else as ``diagonal_curvature``.
         """
-        if structure not in ("diagonal", "dense"):
-            raise ValueError(f"structure must be 'diagonal' or 'dense', got {structure!r}")
         over = Pass(model, data, likelihood, head, generator, batch_size)
         if curvature is None:
-            if estimator == "exact":
-                require_hessian(likelihood, "Laplace's method")
-            curvature = fit_curvature(Recipe(structure=structure, estimator=estimator), over)
+            curvature = estimate(
+                model,
+                data,
+                likelihood,
+                structure=structure,
+                estimator=estimator,
+                head=head,
+                generator=generator,
+                batch_size=batch_size,
+            )
         require_deterministic_mode(model)
         mean = snapshot(parameters(model))
         require_same(curvature.shapes, mean, "the model")
