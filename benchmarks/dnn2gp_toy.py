@@ -10,6 +10,11 @@ and noise 0.1, middle with 0.1 and noise 1). The paper's files do not say which 
 so this one is ours, fixed before the first run: y = sin(2 x) + noise, on [-2, 2], because it is
 smooth, of order 1 like the published losses, and neither linear nor symmetric about 0.
 
+A first look at two data sets showed that this signal is small beside the model's noise of 1: for a
+large delta the weights collapse to 0, and the evidence of predicting 0, -92 - sum y²/2 = -110 nats,
+is as high as that of the fit. ``--amplitude 2``, chosen after that look and reported beside it, is
+the same function twice as high.
+
 All networks (10 data sets x 21 precisions) are trained at once, their weights stacked.
 
     python -m benchmarks.dnn2gp_toy --out DIR
@@ -46,6 +51,7 @@ class Config:
     train: int = 100
     test: int = 2000
     width: int = 20
+    amplitude: float = 1.0
     noise_sd: float = 1.0
     steps: int = 5_000
     lr: float = 0.02
@@ -58,8 +64,8 @@ class Config:
         return torch.logspace(float(low), float(high), self.precisions, dtype=torch.float64)
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x (n, 1) from three clusters, y (n, 1) = sin(2 x) + noise that depends on the cluster.
+def draw(n: int, generator: torch.Generator, amplitude: float = 1.0) -> tuple[Tensor, Tensor]:
+    """x (n, 1) from three clusters, y (n, 1) = amplitude sin(2 x) + noise that depends on it.
 
     In float64: with a large precision the squared gradients underflow in float32, which is slow.
     """
@@ -68,7 +74,7 @@ def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     left, width = torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
     x = left[cluster] + width[cluster] * torch.rand(n, generator=generator)
     noise = torch.tensor([0.1, 1.0, 0.1])[cluster] * torch.randn(n, generator=generator)
-    return x.double().unsqueeze(1), (torch.sin(2 * x) + noise).double().unsqueeze(1)
+    return x.double().unsqueeze(1), (amplitude * torch.sin(2 * x) + noise).double().unsqueeze(1)
 
 
 def make_model(width: int) -> nn.Module:
@@ -138,7 +144,9 @@ def laplace(model: nn.Module, x: Tensor, y: Tensor, precision: float, noise_sd: 
 def measure(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     """The curves over the grid, what they pick, and the precision found without a grid."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.data_sets)]
-    train, test = ([draw(n, g) for g in generators] for n in (config.train, config.test))
+    train, test = (
+        [draw(n, g, config.amplitude) for g in generators] for n in (config.train, config.test)
+    )
     x, y = (torch.stack(parts) for parts in zip(*train, strict=True))
     x_test, y_test = (torch.stack(parts) for parts in zip(*test, strict=True))
     grid, shape = config.grid, (config.data_sets, config.precisions)
@@ -251,9 +259,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--amplitude", type=float, default=1.0)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    config = Config()
+    config = Config(amplitude=options.amplitude)
     if options.smoke:
         config = Config(data_sets=2, precisions=3, test=50, width=4, steps=60, refits=2)
     options.out.mkdir(parents=True, exist_ok=True)
