@@ -611,3 +611,18 @@ def test_what_is_no_saved_curvature(build: Callable) -> None:
         if first in needed:
             with pytest.raises(CheckpointError):
                 from_state_dict({k: v for k, v in state.items() if k != first})
+
+
+def test_eigenvectors_by_singular_vectors_where_lapack_gives_up(monkeypatch):
+    x = draw(0)(4, 6, 6)
+    x = x + x.mT  # of both signs
+    values, vectors = base.eigh(x)
+
+    def fail(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    again, others = base.eigh(x)
+    assert torch.allclose(again, values)
+    assert torch.allclose(others @ torch.diag_embed(again) @ others.mT, x)
+    assert torch.allclose((others.mT @ vectors).abs(), torch.eye(6).double().expand(4, 6, 6))

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     )
     from .data import Examples
     from .divergences import KL, Logit
+    from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .function_space import function_covariance, function_kernel
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -74,6 +76,7 @@ __all__ = [
     "EigenKronecker",
     "Examples",
     "Gaussian",
+    "GaussianProcess",
     "Isotropic",
     "KernelTerm",
     "Kronecker",
@@ -108,6 +111,8 @@ __all__ = [
     "experience_replay",
     "finetune",
     "fromp",
+    "function_covariance",
+    "function_kernel",
     "gradient_reconstruction",
     "identify",
     "isotropic_curvature",
@@ -120,6 +125,7 @@ __all__ = [
     "online_ewc",
     "online_laplace",
     "permuted",
+    "pseudo_data",
     "rotated",
     "separate",
     "si",
@@ -148,7 +154,9 @@ _MODULES = {
     ),
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
+    "dnn2gp": ("GaussianProcess", "pseudo_data"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "function_space": ("function_covariance", "function_kernel"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),

@@ -271,7 +271,17 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
 
     An eigenvalue within rounding of 0 is 0: half of the digits of a sum of squares are lost.
     """
-    values, vectors = torch.linalg.eigh(x.double())
+    x_double = x.double()
+    # Numbers that underflow when squared (dead weights' curvature) can keep LAPACK from converging.
+    tiny = x_double.abs().amax((-1, -2), keepdim=True) * torch.finfo(torch.float64).eps ** 2
+    x_double = x_double.masked_fill(x_double.abs() < tiny, 0.0)
+    try:
+        values, vectors = torch.linalg.eigh(x_double)
+    except RuntimeError:  # LinAlgError; singular vectors always converge
+        left, values, right = torch.linalg.svd(x_double)
+        values, vectors = values * (left * right.mT).sum(-2).sign(), left
+        values, order = values.sort(-1)
+        vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
     largest = values.abs().amax(-1, keepdim=True)
     rounding = values.shape[-1] * torch.finfo(x.dtype).eps * largest
     values = torch.where(values.abs() <= rounding, torch.zeros_like(values), values)
