@@ -7,7 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo  # sets an environment variable; torch.func imports it in places
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -682,6 +685,26 @@ def test_params_choose() -> None:
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters of these names"):
         gradient(model, data, Categorical(), params=["0.weight"])
+
+
+def test_sharded_parameters_are_refused() -> None:
+    """In a group of one process: even there the forward runs on tensors that are no parameters."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(5, C)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        x, y = torch.randn(N, 5), torch.randint(0, C, (N,))
+        variance = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+        for call in (
+            lambda: gradient(model, (x, y), Categorical()),
+            lambda: per_example_jacobian(model, x),
+            lambda: leverage(model, x, Categorical(), variance),
+            lambda: kernel(model, x, variance),
+        ):
+            with pytest.raises(TypeError, match=r"sharded ones \(DTensor\).*'weight', 'bias'"):
+                call()
+    finally:
+        dist.destroy_process_group()
 
 
 def calls(model: nn.Module, x: Inputs, y: Tensor) -> list[Callable[[], object]]:

@@ -694,9 +694,9 @@ def _lookup(uses: list[Use], at: dict[int, Tensor], b: int, shape: torch.Size) -
     for use in uses:
         each = use.a.reshape(b, -1)
         g = at[id(use)][:, :, 0]  # (K, B, L, D)
-        padding = use.module.padding_idx
-        if padding is not None:
-            g = g * each.ne(padding).unsqueeze(-1)
+        module: Any = use.module
+        if module.padding_idx is not None:
+            g = g * (each != module.padding_idx).unsqueeze(-1)
         grads.append(g)
         ids.append(each)
     return Lookup(_cat(grads, dim=2), _cat(ids, dim=1), shape)
