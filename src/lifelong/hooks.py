@@ -59,10 +59,11 @@ class Outer:
     def square_sum(self, w: Tensor) -> Tensor:
         """sum_kn w_n (gradient_kn)²: (O, I)."""
         s = _weighted_squares(self.g, w).T
-        out = s.new_zeros(len(s), self.a.shape[1])
-        for start in range(0, len(self.a), _BLOCK):  # the squares of a stay in the cache
-            part = slice(start, start + _BLOCK)
-            out.addmm_(s[:, part], self.a[part].square().to(s.dtype))
+        blocks = zip(s.split(_BLOCK, 1), self.a.split(_BLOCK), strict=True)
+        first, a = next(blocks)
+        out = first @ a.square().to(s.dtype)
+        for part, a in blocks:  # the squares of a stay in the cache
+            out.addmm_(part, a.square().to(s.dtype))
         return out
 
     def norms(self, variance: Tensor) -> Tensor:
