@@ -11,7 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .curvature import Dense, Diagonal, dense_curvature, diagonal_curvature
+    from .curvature import (
+        BlockDiagonal,
+        Dense,
+        Diagonal,
+        EigenKronecker,
+        Isotropic,
+        Kronecker,
+        LowRank,
+        block_curvature,
+        dense_curvature,
+        diagonal_curvature,
+        isotropic_curvature,
+        kronecker_curvature,
+        low_rank_curvature,
+    )
     from .data import Examples
     from .divergences import KL, Logit
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
@@ -51,15 +65,20 @@ __all__ = [
     "KL",
     "AccuracyMatrix",
     "Bernoulli",
+    "BlockDiagonal",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "Examples",
     "Gaussian",
+    "Isotropic",
     "KernelTerm",
+    "Kronecker",
     "Learner",
     "Logit",
+    "LowRank",
     "Memory",
     "MemoryTerm",
     "NonFiniteError",
@@ -74,6 +93,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "WeightTerm",
+    "block_curvature",
     "blurred",
     "by_time",
     "dense_curvature",
@@ -88,8 +108,11 @@ __all__ = [
     "fromp",
     "gradient_reconstruction",
     "identify",
+    "isotropic_curvature",
     "joint",
     "kprior",
+    "kronecker_curvature",
+    "low_rank_curvature",
     "lwf",
     "memorise",
     "online_ewc",
@@ -106,7 +129,21 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
-    "curvature": ("Dense", "Diagonal", "dense_curvature", "diagonal_curvature"),
+    "curvature": (
+        "BlockDiagonal",
+        "Dense",
+        "Diagonal",
+        "EigenKronecker",
+        "Isotropic",
+        "Kronecker",
+        "LowRank",
+        "block_curvature",
+        "dense_curvature",
+        "diagonal_curvature",
+        "isotropic_curvature",
+        "kronecker_curvature",
+        "low_rank_curvature",
+    ),
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
