@@ -458,6 +458,18 @@ def test_blocks_add_by_their_names() -> None:
         g.block_of("other")
 
 
+def test_zeros_give_way_to_any_block() -> None:
+    """A head that took no part in one task is a diagonal of zeros there."""
+    g = blocks(0)
+    zero = BlockDiagonal(tuple(
+        Diagonal({n: torch.zeros(s, dtype=torch.float64)}) for n, s in g.shapes.items()
+    ))  # fmt: skip
+    close(matrix(zero + g), matrix(g))
+    close(matrix(g + zero), matrix(g))
+    assert list((zero + g).shapes) == list(g.shapes)
+    assert not matrix(zero + zero).any()
+
+
 def test_blocks_that_do_not_fit() -> None:
     g = blocks(0)
     with pytest.raises(ValueError, match=r"\['norm'\] are in two"):
@@ -465,7 +477,7 @@ def test_blocks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         BlockDiagonal(())
     whole = BlockDiagonal((Diagonal(g.diagonal()),))
-    with pytest.raises(ValueError, match="no block over .* the same blocks in both"):
+    with pytest.raises(ValueError, match="in other blocks .* the same blocks in both"):
         g + whole
     diagonal_blocks = BlockDiagonal(tuple(Diagonal(b.diagonal()) for b in g.blocks))
     with pytest.raises(TypeError):

@@ -6,7 +6,7 @@ Sources: Khan & Swaroop 2021 (remove data, change the model class).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature, Dense, Diagonal
+from .curvature import BlockDiagonal, Curvature, Dense, Diagonal
 from .data import batches
 from .errors import StaleAnchorError
 from .jacobians import gradient as data_gradient
@@ -25,6 +25,8 @@ from .recipe import Recipe
 from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 NewClasses = Literal["zero", "mask"]
+
+_ITERATIONS = 50  # of the power method
 
 
 # -------------------------------------------------------------------- forget
@@ -141,10 +143,9 @@ def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
     left = curvature + leaving * -1.0
     before, after = curvature.diagonal(), left.diagonal()
     bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
-    if isinstance(left, Dense):
-        values = torch.linalg.eigvalsh(left.matrix)
-        if bool(values[0] < -1e-6 * values[-1].abs()):
-            bad = bad or list(after)
+    for block in left.blocks if isinstance(left, BlockDiagonal) else (left,):
+        if not isinstance(block, Diagonal) and _is_indefinite(block):
+            bad += [n for n in block.shapes if n not in bad]
     if bad:
         raise ValueError(
             f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
@@ -153,6 +154,38 @@ def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
     if isinstance(left, Diagonal):  # rounding
         return Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
     return left
+
+
+def _is_indefinite(curvature: Curvature) -> bool:
+    """Whether an eigenvalue is negative, beyond rounding beside the largest.
+
+    Without the whole matrix: the largest of c I - G by power iteration, c above that of G. What
+    is as close to 0 as the iteration has still to go is taken for positive.
+    """
+    if isinstance(curvature, Dense):
+        values = torch.linalg.eigvalsh(curvature.matrix)
+        return bool(values[0] < -1e-6 * values[-1].abs())
+    generator = torch.Generator().manual_seed(0)
+    start = {
+        n: torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device)
+        for n, v in curvature.diagonal().items()
+    }
+
+    def leading(product: Callable[[Params], Params]) -> float:
+        x, value = start, 0.0
+        for _ in range(_ITERATIONS):
+            norm = torch.stack([v.square().sum() for v in x.values()]).sum().sqrt()
+            if not bool(norm > 0):
+                return 0.0
+            x = {n: v / norm for n, v in x.items()}
+            y = product(x)
+            value = float(torch.stack([(x[n] * y[n]).sum() for n in x]).sum())
+            x = y
+        return value
+
+    largest = abs(leading(curvature.mv))
+    shifted = leading(lambda x: plus({n: largest * v for n, v in x.items()}, curvature.mv(x), -1.0))
+    return largest - shifted < -1e-6 * largest
 
 
 @contextmanager
@@ -258,8 +291,13 @@ def _followed_curvature(
         zeros = Diagonal.zeros_like(current).values
         return Diagonal(_followed(curvature.values, zeros, mapping))
     if not isinstance(curvature, Dense):
+        if {n: curvature.shapes.get(old) for n, old in mapping.items() if n in current} == {
+            n: p.shape for n, p in current.items()
+        } and all(n == old for n, old in mapping.items()):
+            return curvature
         raise ValueError(
-            f"a {type(curvature).__name__} curvature cannot follow a change of the model"
+            f"a {type(curvature).__name__} curvature cannot follow a change of the model; use "
+            "structure='diagonal' or 'dense' where the model will change"
         )
     positions, start = {}, 0
     for name, shape in curvature.shapes.items():

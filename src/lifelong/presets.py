@@ -16,7 +16,7 @@ from typing import Literal
 from .divergences import KL, Logit
 from .likelihoods import Likelihood
 from .prior import Prior
-from .recipe import Estimator, Gradient, Recipe, require_strength
+from .recipe import Estimator, Fitted, Gradient, Recipe, require_strength
 from .terms import Regulariser
 
 
@@ -71,7 +71,7 @@ def ewc(
 def online_laplace(
     likelihood: Likelihood,
     *,
-    structure: Literal["diagonal", "dense"] = "diagonal",
+    structure: Fitted = "diagonal",
     strength: float = 1.0,
     discount: float = 1.0,
     estimator: Estimator = "exact",
@@ -80,7 +80,8 @@ def online_laplace(
     r"""The Laplace posterior N(theta*, (precision I + GGN)⁻¹) as the next prior (Ritter 2018).
 
     With structure="diagonal" and precision=0 it is ``ewc(online=True)``. Exact for a Gaussian
-    likelihood and a linear model with structure="dense".
+    likelihood and a linear model with structure="dense". Ritter et al. use "kronecker", and add the
+    factors of the tasks; here the products are added, one kept for each task.
     """
     recipe = Recipe(
         "online_laplace",
@@ -196,7 +197,7 @@ def gradient_reconstruction(
     blend: float = 0.0,
     population: bool = True,
     strength: float = 1.0,
-    structure: Literal["diagonal", "dense"] = "diagonal",
+    structure: Fitted = "diagonal",
     gradient: Gradient = "stationary",
     precision: float = 0.0,
     score: str = "random",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import select
-from .curvature import Curvature, dense_curvature, diagonal_curvature
+from .curvature import Curvature, estimate
 from .data import Data, Head
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
@@ -185,18 +185,25 @@ def fit_curvature(
     weights: Tensor | None = None,
     exclude: Tensor | None = None,
 ) -> Curvature:
-    """strength · sum_i w_i J*ᵀ H J* over one pass, in the recipe's structure."""
-    fit = dense_curvature if recipe.structure == "dense" else diagonal_curvature
-    new = fit(
+    """strength · sum_i w_i J*ᵀ H J* over one pass, in the recipe's structure.
+
+    Raises ValueError for a recipe without one, or with SI's path integral.
+    """
+    if recipe.structure is None or recipe.structure == "path":
+        raise ValueError(f"structure {recipe.structure!r} is not fitted to data; name one that is")
+    options = {"rank": recipe.rank} if recipe.structure == "low_rank" else {}
+    new = estimate(
         over.model,
         over.data,
         over.likelihood,
+        structure=recipe.structure,
         estimator=recipe.estimator,
         head=over.head,
         weights=weights,
         exclude=exclude,
         generator=over.generator,
         batch_size=over.batch_size,
+        **options,
     )
     return new * recipe.strength
 

@@ -16,7 +16,10 @@ from .divergences import KL, Divergence
 from .named import known, named, unnamed
 from .scores import ScoreName
 
-Structure = Literal["diagonal", "dense", "path"]
+Fitted = Literal[
+    "diagonal", "dense", "isotropic", "kronecker", "eigen_kronecker", "low_rank", "block"
+]
+Structure = Fitted | Literal["path"]
 Estimator = Literal["exact", "mc", "empirical"]
 Gradient = Literal["stored", "carried", "stationary", "anchored", "none"]
 Kernel = Literal["gp", "identity"]
@@ -24,7 +27,7 @@ Reference = Literal["joint", "separate"]
 
 _CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
     {
-        "structure": (*get_args(Structure), None),
+        "structure": (*get_args(Fitted), "path", None),
         "estimator": get_args(Estimator),
         "gradient": get_args(Gradient),
         "score": (*get_args(ScoreName), "k_centre"),
@@ -45,7 +48,10 @@ class Recipe:
     """How a prior is made again after each task. Strengths multiply nats; 1 is Bayes.
 
     Weight term
-        structure: of G: "diagonal", "dense", "path" (SI's path integral) or None for no G.
+        structure: of G: "diagonal", "dense", "isotropic", "kronecker" (K-FAC), "eigen_kronecker",
+            "low_rank" (``rank`` directions a task), "block" (dense by module), "path" (SI's path
+            integral) or None for no G. Sums over tasks are exact: Kronecker products and
+            directions are kept beside each other.
         estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
         strength: multiplies the curvature of each new task (EWC's lambda).
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
@@ -76,6 +82,7 @@ class Recipe:
 
     name: str = "prior"
     structure: Structure | None = None
+    rank: int = 20
     estimator: Estimator = "exact"
     strength: float = 1.0
     discount: float = 1.0
@@ -105,6 +112,8 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.memory is not None and self.memory < 0:
             raise ValueError(f"memory must not be negative, got {self.memory}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
         for name in ("strength", "soft", "hard", "distil", "jitter"):
             require_strength(name, getattr(self, name))
         for name in ("path_damping", "kernel_precision"):

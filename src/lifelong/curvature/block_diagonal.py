@@ -18,6 +18,7 @@ from .base import (
     require_shapes,
 )
 from .dense import Dense
+from .diagonal import Diagonal
 from .kronecker import EigenKronecker, Kronecker
 
 PREFIX = "block_diagonal."
@@ -122,21 +123,33 @@ class BlockDiagonal:
         )
 
     def __add__(self, other: BlockDiagonal) -> BlockDiagonal:
-        """Block by block. StaleAnchorError where the parameters differ, ValueError where they are
-        in other blocks, TypeError where two blocks are of structures that do not add."""
+        """Block by block; a diagonal of zeros (parameters that took no part) gives way to the
+        other's blocks.
+
+        StaleAnchorError where the parameters differ, ValueError where they are in other blocks,
+        TypeError where two blocks are of structures that do not add.
+        """
         if not isinstance(other, BlockDiagonal):
             return NotImplemented
         require_shapes(self.shapes, other.shapes, "the curvature to add")
-        theirs = {frozenset(block.shapes): block for block in other.blocks}
+        theirs = {frozenset(b.shapes): b for b in other.blocks if not _is_zero(b)}
+        sums: list[Curvature] = []
         for block in self.blocks:
-            if frozenset(block.shapes) not in theirs:
-                raise ValueError(
-                    f"the curvature to add has no block over {list(block.shapes)[:5]} alone; "
-                    "expected the same blocks in both"
-                )
-        return BlockDiagonal(
-            tuple(block + theirs[frozenset(block.shapes)] for block in self.blocks)
-        )
+            if not _is_zero(block):
+                partner = theirs.pop(frozenset(block.shapes), None)
+                sums.append(block if partner is None else block + partner)
+        sums.extend(theirs.values())
+        names = [name for block in sums for name in block.shapes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"{twice[:5]} are in other blocks of the curvature to add; expected the same "
+                "blocks in both"
+            )
+        zeros = {n: v for b in self.blocks if _is_zero(b) for n, v in b.diagonal().items()}
+        sums.extend(Diagonal({n: v}) for n, v in zeros.items() if n not in names)
+        place = {name: i for i, name in enumerate(self.shapes)}
+        return BlockDiagonal(tuple(sorted(sums, key=lambda b: min(place[n] for n in b.shapes))))
 
     def __mul__(self, factor: float) -> BlockDiagonal:
         return BlockDiagonal(tuple(block * factor for block in self.blocks))
@@ -155,6 +168,10 @@ class BlockDiagonal:
     def _parts(self, v: Mapping[str, Tensor]) -> list[tuple[Curvature, Params]]:
         require_same(self.shapes, v, "the vector")
         return [(block, {name: v[name] for name in block.shapes}) for block in self.blocks]
+
+
+def _is_zero(block: Curvature) -> bool:
+    return isinstance(block, Diagonal) and not any(bool(v.any()) for v in block.values.values())
 
 
 def _joined(parts: list[Params]) -> Params:

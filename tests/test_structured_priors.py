@@ -1,0 +1,178 @@
+"""Priors whose curvature is Kronecker-factored, of low rank, or in blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lifelong
+from lifelong import Categorical, Examples, Gaussian, Prior
+from lifelong.adapt import _is_indefinite
+from lifelong.curvature import BlockDiagonal, Curvature, estimate
+from lifelong.recall import Pass, fit_curvature
+from lifelong.recipe import Recipe
+from lifelong.testing import cases, laws
+
+EXACT = ("kronecker", "eigen_kronecker", "block", "low_rank")  # for a linear layer, Gaussian noise
+STRUCTURES = (*EXACT, "isotropic")
+LINEAR = cases.linear_gaussian()
+PRESETS: dict[str, Any] = {
+    "laplace": lifelong.online_laplace,
+    "reconstruction": lambda f, **kw: lifelong.gradient_reconstruction(f, memory=4, **kw),
+}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def task(seed: int, head: tuple[int, ...] | None = None) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+    labels = torch.tensor(head or range(4))[torch.arange(20) % len(head or range(4))]
+    return Examples(x, labels, torch.arange(20) + 20 * seed, head)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    return model
+
+
+def nats(prior: Prior, model: nn.Module) -> float:
+    return float(prior(model).detach())
+
+
+def curvature_of(prior: Prior) -> Curvature:
+    weight = prior.weight
+    assert weight is not None
+    assert weight.curvature is not None
+    return weight.curvature
+
+
+def matrix(g: Curvature) -> Tensor:
+    return g.dense().reordered(dict(net().named_parameters())).matrix
+
+
+@pytest.mark.parametrize("structure", EXACT)
+def test_tasks_in_a_row_are_exact_bayes(structure: Any) -> None:
+    prior = lifelong.online_laplace(LINEAR.likelihood, structure=structure, precision=0.3)
+    assert laws.add(prior, LINEAR, tasks=3) < 1e-7
+
+
+@pytest.mark.parametrize("structure", EXACT)
+def test_removing_is_never_having_learned(structure: Any) -> None:
+    prior = lifelong.gradient_reconstruction(
+        LINEAR.likelihood, memory=5, structure=structure, precision=0.3, population=False,
+        gradient="stored",
+    )  # fmt: skip
+    assert laws.remove(prior, LINEAR, task=0, tasks=1) < 1e-6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_sum_over_tasks(structure: Any, preset: str, tmp_path: Path) -> None:
+    model, likelihood = net(), Categorical()
+    prior = PRESETS[preset](likelihood, structure=structure, strength=2.0)
+    total = torch.zeros(())
+    for seed in range(2):
+        data = task(seed)
+        prior = prior.update(model, data, generator=torch.Generator().manual_seed(0))
+        memory = prior.memory
+        kept = None if memory is None else memory.origin
+        fitted = estimate(model.eval(), data, likelihood, structure=structure, exclude=kept)
+        total = total + 2.0 * matrix(fitted)
+        model = moved(model)
+    gap = (matrix(curvature_of(prior)) - total).norm()
+    assert gap <= 1e-9 * total.norm()
+    back = Prior.load(prior.save(tmp_path / "prior.safetensors"))
+    assert nats(back, model) == pytest.approx(nats(prior, model), rel=1e-12)
+    assert type(curvature_of(back)) is type(curvature_of(prior))
+    short = prior.to(dtype=torch.float32)
+    assert nats(short, net().float()) == pytest.approx(nats(prior, net()), rel=1e-4)
+    assert nats(0.5 * prior, model) == pytest.approx(0.5 * nats(prior, model), rel=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "eigen_kronecker"])
+def test_a_head_for_each_task(structure: Any) -> None:
+    """The head of one task takes no part in the other."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(2, 5)
+            self.heads = nn.ModuleList([nn.Linear(5, 2), nn.Linear(5, 2)])
+            self.current = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads[self.current](torch.tanh(self.body(x)))
+
+    model = Heads().double()
+    prior = lifelong.online_laplace(Categorical(), structure=structure)
+    for index in range(2):
+        model.current = index
+        prior = prior.update(model, task(index, (0, 1)))
+    g = curvature_of(prior)
+    assert isinstance(g, BlockDiagonal)
+    assert all(bool(v.any()) for v in g.diagonal().values())
+    assert list(g.shapes) == [name for name, _ in model.named_parameters()]
+
+
+def test_products_are_kept_for_each_task() -> None:
+    prior, model = lifelong.online_laplace(Categorical(), structure="kronecker"), net()
+    for seed in range(3):
+        prior = prior.update(model, task(seed))
+    g = curvature_of(prior)
+    assert isinstance(g, BlockDiagonal)
+    assert [block.num_products for block in g.blocks] == [3, 3]  # type: ignore[attr-defined]
+    ranks = lifelong.online_laplace(Categorical(), structure="low_rank")
+    for seed in range(2):
+        ranks = ranks.update(model, task(seed))
+    assert curvature_of(ranks).rank == 40  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "block", "low_rank"])
+def test_forgetting_what_was_not_learned(structure: Any) -> None:
+    model = net()
+    prior = lifelong.online_laplace(Categorical(), structure=structure).update(model, task(0))
+    strange = task(1)
+    strange = Examples(20 * strange.inputs, strange.labels, strange.ids)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="the curvature would be indefinite"):
+        prior.forget(model, strange)
+    assert float(prior.forget(model, task(0)).num_data) == 0
+
+
+def test_an_indefinite_difference_that_its_diagonal_hides() -> None:
+    g = lifelong.Kronecker(
+        torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]]), torch.eye(3).expand(1, 1, 3, 3),
+        {"w": torch.Size((2, 3))},
+    )  # fmt: skip
+    assert _is_indefinite(g)
+    positive = lifelong.Kronecker(g.left + 2 * torch.eye(2), g.right, g.shapes)
+    assert not _is_indefinite(positive)
+    assert not _is_indefinite(0.0 * positive)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_changed_model_needs_a_structure_that_follows(structure: Any) -> None:
+    model = net()
+    prior = lifelong.online_laplace(Categorical(), structure=structure).update(model, task(0))
+    same = prior.transfer(model)
+    assert nats(same, moved(net())) == pytest.approx(nats(prior, moved(net())), rel=1e-12)
+    lifelong.widen(model, "2", 6)
+    with pytest.raises(ValueError, match="cannot follow a change of the model; use structure="):
+        prior.grow(model)
+
+
+def test_recipes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        Recipe(structure="low_rank", rank=0)
+    for structure in (None, "path"):
+        with pytest.raises(ValueError, match="is not fitted to data; name one that is"):
+            fit_curvature(Recipe(structure=structure), Pass(net(), task(0), Gaussian()))  # type: ignore[arg-type]
