@@ -66,7 +66,8 @@ class Layer:
             width = a.shape[-1]
             _add_gram(self.right[:, :width, :width], a, size)
             if width < self.right.shape[-1]:
-                self.right[:, -1, :-1] += torch.einsum("n,ngi->gi", size, a.sum(2))
+                total = a[:, :, 0] if a.shape[2] == 1 else a.sum(2)
+                self.right[:, -1, :-1] += torch.tensordot(size, total, dims=1)
                 self.right[:, -1, -1] += size.sum() * a.shape[2]
         self.count += w.abs().sum() * g.shape[3]
 
