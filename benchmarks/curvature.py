@@ -304,7 +304,9 @@ def main(arguments: list[str] | None = None) -> None:
         "inputs": "random, in the shape of the real ones; seed 0",
     }
     _dump(options.out / "config.json", settings)
-    _dump(options.out / "versions.json", {**_versions(), **(versions or {})})
+    used = options.out / "versions.json"
+    before = json.loads(used.read_text()) if used.exists() else {}
+    _dump(used, {**before, **_versions(), **versions})
     report = table(rows) if rows else "\n".join(str(row) for row in found_peaks)
     with (options.out / "log.txt").open("a") as log:
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime())} ")
