@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from lifelong import Categorical, diagonal_curvature, memorise
+from lifelong.curvature import kronecker_curvature
 from lifelong.jacobians import kernel, leverage
 
 from .cases import CASES, Case, Lazy
@@ -35,6 +36,18 @@ def select(n: int) -> Callable[[], object]:
 def curvature(n: int) -> Callable[[], object]:
     model, data = CIFAR.build().eval(), CIFAR.examples(n)
     return lambda: diagonal_curvature(model, data, Categorical())
+
+
+def estimators(estimate: Callable[..., object], **options: str) -> Work:
+    """Curvature of n examples that are made a batch at a time."""
+
+    def prepare(n: int) -> Callable[[], object]:
+        model = CIFAR.build().eval()
+        estimate(model, Lazy(CIFAR.shape, 256, batch_size=256), Categorical(), **options)
+        data = Lazy(CIFAR.shape, n, batch_size=256)
+        return lambda: estimate(model, data, Categorical(), **options)
+
+    return prepare
 
 
 def kernels(n: int) -> Callable[[], object]:
@@ -68,6 +81,9 @@ def _with_variance(case: Case, n: int):
 WORK: dict[str, Work] = {
     "select": select,
     "curvature": curvature,
+    "curvature-lazy": estimators(diagonal_curvature),
+    "curvature-mc": estimators(diagonal_curvature, estimator="mc"),
+    "kfac-mc": estimators(kronecker_curvature, estimator="mc"),
     "kernel": kernels,
     "leverage": leverages,
     "forward-backward": forward_backward,

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo  # sets an environment variable; torch.func imports it in places
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,6 +80,113 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x if self.batch_first else x.transpose(0, 1))
         return self.head(self.attention(x, x, x)[0].mean(1 if self.batch_first else 0))
+
+
+class Apart(nn.Module):
+    """Attention whose keys and values have sizes of their own: not packed, so not taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=2, vdim=3, batch_first=True)
+        self.head = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x[..., :2], x[..., 1:])[0].mean(1))
+
+
+class Blocks(nn.Module):
+    """A transformer's encoder under a causal mask and a padding mask."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        layer = nn.TransformerEncoderLayer(4, 2, 5, batch_first=batch_first, norm_first=True)
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(4, C)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        x = self.embed(ids if self.batch_first else ids.T)
+        x = self.encoder(x, mask=causal, src_key_padding_mask=ids == 0)
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+class Cross(nn.Module):
+    """Queries, keys and values from three tensors of two lengths; learned and zero positions."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.attention = nn.MultiheadAttention(
+            4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=batch_first
+        )
+        self.head = nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = x[:, :2], torch.tanh(x[:, 2:])
+        b, heads, mask = len(x), 2, x[:, 2:, 0] > 1
+        scores = x.new_zeros(b * heads, 2, 3)
+        scores += torch.arange(3) * x[:, :1, :1].repeat_interleave(heads, 0)
+        if not self.batch_first:
+            query, key = query.transpose(0, 1), key.transpose(0, 1)
+        out, weights = self.attention(
+            query, key, key.flip(-1), key_padding_mask=mask.to(x.dtype), attn_mask=scores,
+            average_attn_weights=False,
+        )  # fmt: skip
+        return (
+            self.head(out.mean(1 if self.batch_first else 0))
+            + weights.square().sum((1, 2, 3))[:, None]
+        )
+
+
+class Words(nn.Module):
+    """An embedding whose weight is also the output layer's, on the mean or on each position."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        self.each, self.embed, self.head = each, nn.Embedding(C, 4), nn.Linear(4, C)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.embed(ids)) * torch.arange(1, 4).unsqueeze(1)
+        return torch.tanh(self.head(x)).sum(1) if self.each else self.head(x.sum(1))
+
+
+class Bag(nn.Module):
+    """One embedding used twice with different padding, and a bag of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Embedding(C, 4, padding_idx=1), nn.Embedding(C, 4)
+        self.b.weight = self.a.weight
+        self.bag, self.head = nn.EmbeddingBag(C, 4), nn.Linear(4, C)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.a(ids)) * self.b(ids[:, :1])
+        return self.head(x.sum(1) * self.bag(ids))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained product of rank 2 beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.5 * self.up(self.down(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(3, 4, batch_first=True), nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0].mean(1))
 
 
 class Text(nn.Module):
@@ -184,6 +294,18 @@ def conv1d() -> nn.Module:
     )
 
 
+def token_ids() -> Tensor:
+    ids = torch.randint(1, C, (N, 3))
+    ids[0] = 1
+    return ids
+
+
+def padded_ids() -> Tensor:
+    ids = torch.randint(1, 7, (N, 4))
+    ids[:4, 3] = 0
+    return ids
+
+
 def floats(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(N, *shape, dtype=torch.float64)
 
@@ -219,26 +341,75 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], set[str]]
     "norms": (norms, floats(4, 3, 2), set()),
     "scaled": (Scaled, floats(5), {"scale"}),
     "functional": (Functional, floats(5), {"a.weight"}),
-    "attention": (
-        lambda: Attention(batch_first=True),
-        floats(3, 4),
-        {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")}
-        | {f"attention.out_proj.{n}" for n in ("weight", "bias")},
-    ),
+    "attention": (lambda: Attention(batch_first=True), floats(3, 4), set()),
     "sequence first": (
+        lambda: Attention(batch_first=False),
+        floats(5, 4),
+        set(),
+    ),
+    "positions like examples": (
         lambda: Attention(batch_first=False),
         floats(N, 4),
         {f"attention.{n}" for n in ("in_proj_weight", "in_proj_bias")}
         | {f"attention.out_proj.{n}" for n in ("weight", "bias")}
         | {f"{n}.{role}" for n in ("embed", "head") for role in ("weight", "bias")},
     ),
-    "text": (Text, text_inputs, {"embed.weight"}),
+    "cross attention": (
+        lambda: Cross(batch_first=True),
+        floats(5, 4),
+        {"attention.bias_k", "attention.bias_v"},
+    ),
+    "cross attention, sequence first": (
+        lambda: Cross(batch_first=False),
+        floats(5, 4),
+        {"attention.bias_k", "attention.bias_v"},
+    ),
+    "separate projections": (
+        Apart,
+        floats(3, 4),
+        {f"attention.{n}_proj_weight" for n in "qkv"}
+        | {"attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"},
+    ),
+    "transformer": (lambda: Blocks(batch_first=True).eval(), padded_ids, set()),
+    "transformer, sequence first": (
+        lambda: Blocks(batch_first=False).eval(),
+        padded_ids,
+        set(),
+    ),
+    "text": (Text, text_inputs, set()),
+    "tied embedding": (lambda: Words(each=False), token_ids, set()),
+    "tied embedding, each position": (lambda: Words(each=True), token_ids, set()),
+    "bag": (Bag, token_ids, {"bag.weight"}),
+    "lora": (
+        lambda: nn.Sequential(LoRA(nn.Linear(5, 4)), nn.Tanh(), LoRA(nn.Linear(4, C))),
+        floats(5),
+        set(),
+    ),
+    "lora, positions": (
+        lambda: nn.Sequential(LoRA(nn.Linear(5, 4)), nn.Tanh(), nn.Flatten(), nn.Linear(12, C)),
+        floats(3, 5),
+        set(),
+    ),
+    "lstm": (
+        lambda: Recurrent(nn.LSTM),
+        floats(3, 3),
+        {f"rnn.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    ),
+    "gru": (
+        lambda: Recurrent(nn.GRU),
+        floats(3, 3),
+        {f"rnn.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    ),
     "weight norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, C)),
         floats(5),
         {f"parametrizations.weight.original{i}" for i in (0, 1)},
     ),
 }  # fmt: skip
+
+
+# One model of each kind of layer, for what is tried with every likelihood.
+KINDS = ("mlp", "conv2d", "text", "transformer", "tied embedding", "lora, positions")
 
 
 @pytest.fixture(params=MODELS)
@@ -274,8 +445,8 @@ def test_the_probe_tells_positions_from_examples() -> None:
     """As many positions as examples: the layer's input has the same shape either way."""
     model = Attention(batch_first=False).double()
     plan = Engine(model, choose(model)).trace(torch.randn(8, 8, 4, dtype=torch.float64)).plan
-    assert plan.hooked == {"head.weight", "head.bias"}
-    assert {"embed.weight", "embed.bias"} <= plan.functional
+    assert {"head.weight", "head.bias", "attention.in_proj_weight"} <= plan.hooked
+    assert plan.functional == {"embed.weight", "embed.bias"}
 
 
 def test_per_example_jacobian(case: tuple[nn.Module, Inputs]) -> None:
@@ -311,7 +482,7 @@ def test_the_loop_is_right(case: tuple[nn.Module, Inputs], monkeypatch: pytest.M
 
 
 def test_wrong_functional_values_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    make, inputs, _ = MODELS["text"]
+    make, inputs, _ = MODELS["scaled"]
     model, x = make().double(), inputs()
     right = Engine.functional_rows
     monkeypatch.setattr(
@@ -319,7 +490,7 @@ def test_wrong_functional_values_are_found_out(monkeypatch: pytest.MonkeyPatch) 
         "functional_rows",
         lambda *args: {k: 1.01 * v for k, v in right(*args).items()},
     )
-    assert Engine(model, choose(model)).trace(x).plan.looped == {"embed.weight"}
+    assert Engine(model, choose(model)).trace(x).plan.looped == {"scale"}
 
 
 def test_a_layout_not_met_before_is_probed_again() -> None:
@@ -382,7 +553,7 @@ def test_leverage(case: tuple[nn.Module, Inputs], mask: tuple[bool, ...] | None)
 
 
 @pytest.mark.parametrize("likelihood", [None, Categorical(), Bernoulli(), Gaussian(2.0), Poisson()])
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "text"])
+@pytest.mark.parametrize("name", [*KINDS, "tied embedding, each position"])
 def test_kernel(name: str, likelihood: Likelihood | None) -> None:
     make, draw, _ = MODELS[name]
     model, inputs = make().double(), draw()
@@ -445,7 +616,7 @@ LABELS: dict[str, tuple[Likelihood, Callable[[], Tensor]]] = {
 
 # Every model, and every likelihood: their product would only take longer.
 PAIRS = [(name, "categorical") for name in MODELS] + [
-    (name, kind) for name in ("mlp", "conv2d", "text") for kind in LABELS if kind != "categorical"
+    (name, kind) for name in KINDS for kind in LABELS if kind != "categorical"
 ]
 
 
@@ -514,6 +685,26 @@ def test_params_choose() -> None:
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters of these names"):
         gradient(model, data, Categorical(), params=["0.weight"])
+
+
+def test_sharded_parameters_are_refused() -> None:
+    """In a group of one process: even there the forward runs on tensors that are no parameters."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(5, C)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        x, y = torch.randn(N, 5), torch.randint(0, C, (N,))
+        variance = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+        for call in (
+            lambda: gradient(model, (x, y), Categorical()),
+            lambda: per_example_jacobian(model, x),
+            lambda: leverage(model, x, Categorical(), variance),
+            lambda: kernel(model, x, variance),
+        ):
+            with pytest.raises(TypeError, match=r"sharded ones \(DTensor\).*'weight', 'bias'"):
+                call()
+    finally:
+        dist.destroy_process_group()
 
 
 def calls(model: nn.Module, x: Inputs, y: Tensor) -> list[Callable[[], object]]:

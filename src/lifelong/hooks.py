@@ -8,9 +8,11 @@ layer's input a, the per-example gradient of a weight is a sum of outer products
 
 It is kept in that form (``Outer``, ``Positions``), or multiplied out (``Rows``). Hooks record a and
 z for Linear, Conv1d, Conv2d, and for the normalising layers, whose weight multiplies their
-normalised input element by element. Any other parameter goes through ``torch.func``, or one example
+normalised input element by element. An embedding's a is one-hot, so that its gradient has few rows
+(``Lookup``), also where an output layer shares its weight (``Tied``). Attention runs as the layers
+that it is made of (``attention``). Any other parameter goes through ``torch.func``, or one example
 at a time. Which way a parameter takes is decided by a probe: the hook-made gradients of a few
-examples must agree with autograd's.
+examples must agree with autograd's of the model as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +29,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
+from .attention import GroupedLinear, InProjection, attend, can_attend
 from .models import Inputs, Params, forward, logits, rows, take
 
 WORKING_SET = 64 * 2**20  # bytes of per-example quantities held at once
 PROBE_ROWS = 8
 _CHUNK = 8 * 2**20  # bytes of them in one matrix product
+_BLOCK = 128  # examples in one matrix product of squares
 
 
 # --- per-example gradients of one parameter -----------------------------------------------------
@@ -54,8 +58,13 @@ class Outer:
 
     def square_sum(self, w: Tensor) -> Tensor:
         """sum_kn w_n (gradient_kn)²: (O, I)."""
-        s = self.g.square().sum(0) * w.to(self.g.dtype).unsqueeze(1)
-        return s.T @ self.a.square().to(s.dtype)
+        s = _weighted_squares(self.g, w).T
+        blocks = zip(s.split(_BLOCK, 1), self.a.split(_BLOCK), strict=True)
+        first, a = next(blocks)
+        out = first @ a.square().to(s.dtype)
+        for part, a in blocks:  # the squares of a stay in the cache
+            out.addmm_(part, a.square().to(s.dtype))
+        return out
 
     def norms(self, variance: Tensor) -> Tensor:
         """sum_p variance_p (gradient_kn)_p²: (K, B)."""
@@ -78,6 +87,14 @@ class Outer:
                 out[k, start:end, :end] = (scaled @ g[start:end].unsqueeze(-1)).squeeze(-1)
         lower = out.tril()
         return lower + lower.tril(-1).mT
+
+    def at(self, n: Tensor, o: Tensor) -> Tensor:
+        """Row o_u of the gradient of example n_u: (K, U, I)."""
+        return self.g[:, n, o].unsqueeze(-1) * self.a[n]
+
+    def against(self, o: Tensor, x: Tensor) -> Tensor:
+        """<row o_u of the gradient of every example, x_u> for x (K, U, I): (K, B, U)."""
+        return self.g[:, :, o] * (self.a @ x.mT)
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,26 @@ class Positions:
         count, m = self.g.shape[:2]
         return _gram(self.rows().reshape(count, m, -1), variance.flatten())
 
+    def at(self, n: Tensor, o: Tensor) -> Tensor:
+        """Row o_u of the gradient of example n_u, n ascending, in one group: (K, U, I)."""
+        found = []
+        for part in self._chunks():
+            here = (n >= part.start) & (n < part.stop)
+            example = n[here]
+            g = self.g[:, example, 0].gather(
+                -1, o[here].view(1, -1, 1, 1).expand(len(self.g), -1, self.g.shape[3], 1)
+            )  # (K, U, L, 1)
+            found.append((g.mT @ self.a(part)[example - part.start, 0]).squeeze(-2))
+        return torch.cat(found, dim=1)
+
+    def against(self, o: Tensor, x: Tensor) -> Tensor:
+        """<row o_u of the gradient of every example, x_u> for x (K, U, I): (K, B, U)."""
+        out = [
+            (self.g[:, m, 0][..., o] * (self.a(slice(m, m + 1))[0, 0] @ x.mT)).sum(1)
+            for m in range(self.g.shape[1])
+        ]
+        return torch.stack(out, dim=1)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -146,7 +183,7 @@ class Rows:
         return torch.stack([torch.tensordot(w, x, 1) for x in self.values])
 
     def square_sum(self, w: Tensor) -> Tensor:
-        return torch.tensordot(w.to(self.values.dtype), self.values.square().sum(0), dims=1)
+        return _weighted_squares(self.values, w).sum(0)
 
     def norms(self, variance: Tensor) -> Tensor:
         return (self.values.square() * variance).flatten(2).sum(-1)
@@ -155,7 +192,105 @@ class Rows:
         return _gram(self.values.flatten(2), variance.flatten())
 
 
-Factor = Outer | Positions | Rows
+@dataclass(frozen=True)
+class Lookup:
+    """Gradients of an embedding: g_l in row ids_l, 0 in all rows that an example does not look up.
+
+    Held once for each example n_u and row v_u that meet: s_u (``entries``), never as one-hot.
+    """
+
+    g: Tensor  # (K, B, L, D)
+    ids: Tensor  # (B, L)
+    shape: torch.Size  # of the parameter, (V, D)
+
+    @cached_property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """n (U,) ascending, v (U,) and s (K, U, D): an example that looks up twice has the sum."""
+        b, height = len(self.ids), self.shape[0]
+        keys = torch.arange(b, device=self.ids.device).unsqueeze(1) * height + self.ids
+        found, place = keys.flatten().unique(return_inverse=True)
+        s = self.g.new_zeros(len(self.g), len(found), self.shape[1])
+        s.index_add_(1, place, self.g.flatten(1, 2))
+        return found // height, found % height, s
+
+    def rows(self) -> Tensor:
+        n, v, s = self.entries
+        out = s.new_zeros(*self.g.shape[:2], *self.shape)
+        out[:, n, v] = s
+        return out
+
+    def total(self, w: Tensor) -> Tensor:
+        n, v, s = self.entries
+        out = s.new_zeros(len(s), *self.shape)
+        return out.index_add_(1, v, s * w.to(s.dtype)[n].unsqueeze(1))
+
+    def square_sum(self, w: Tensor) -> Tensor:
+        n, v, s = self.entries
+        return s.new_zeros(self.shape).index_add_(0, v, _weighted_squares(s, w[n]))
+
+    def norms(self, variance: Tensor) -> Tensor:
+        n, v, s = self.entries
+        out = s.new_zeros(self.g.shape[:2])
+        return out.index_add_(1, n, (s.square() * variance.to(s.dtype)[v]).sum(-1))
+
+    def kernel(self, variance: Tensor) -> Tensor:
+        """Pairs of entries in the same row; some entries at a time against all."""
+        n, v, s = self.entries
+        count, m = self.g.shape[:2]
+        out = s.new_zeros(count, m, m)
+        step = max(1, _CHUNK // (4 * count * len(v) + 1))
+        for start in range(0, len(v), step):
+            part = slice(start, start + step)
+            pairs = (s[:, part] * variance.to(s.dtype)[v[part]]) @ s.mT  # (K, U', U)
+            pairs = pairs * (v[part].unsqueeze(1) == v)
+            columns = s.new_zeros(count, pairs.shape[1], m).index_add_(2, n, pairs)
+            out.index_add_(1, n[part], columns)
+        return out
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Gradients of an embedding whose weight is also that of a linear layer: their sum.
+
+    (lookup + dense)² needs the dense gradient only in the rows that an example looks up.
+    """
+
+    lookup: Lookup
+    dense: Outer | Positions
+
+    def rows(self) -> Tensor:
+        return self.lookup.rows() + self.dense.rows()
+
+    def total(self, w: Tensor) -> Tensor:
+        return self.lookup.total(w) + self.dense.total(w)
+
+    def square_sum(self, w: Tensor) -> Tensor:
+        n, v, s = self.lookup.entries
+        both = 2 * (s * self.dense.at(n, v)).sum(0) * w.to(s.dtype)[n].unsqueeze(1)
+        out = self.lookup.square_sum(w) + self.dense.square_sum(w)
+        return out.index_add_(0, v, both)
+
+    def norms(self, variance: Tensor) -> Tensor:
+        n, v, s = self.lookup.entries
+        both = 2 * (s * self.dense.at(n, v) * variance.to(s.dtype)[v]).sum(-1)
+        out = self.lookup.norms(variance) + self.dense.norms(variance)
+        return out.index_add_(1, n, both)
+
+    def kernel(self, variance: Tensor) -> Tensor:
+        n, v, s = self.lookup.entries
+        against = self.dense.against(v, s * variance.to(s.dtype)[v])  # (K, B, U)
+        both = s.new_zeros(*self.lookup.g.shape[:2], len(self.lookup.ids))
+        both.index_add_(2, n, against)
+        return self.lookup.kernel(variance) + self.dense.kernel(variance) + both + both.mT
+
+
+Factor = Outer | Positions | Rows | Lookup | Tied
+
+
+def _weighted_squares(x: Tensor, w: Tensor) -> Tensor:
+    """sum_k w_n x_kn²: (K, B, ...) -> (B, ...)."""
+    squares = x[0].square() if len(x) == 1 else x.square().sum(0)
+    return squares.mul_(w.to(x.dtype).view(-1, *[1] * (x.ndim - 2)))
 
 
 def _gram(x: Tensor, variance: Tensor) -> Tensor:
@@ -170,34 +305,56 @@ class Use(NamedTuple):
     """One call of a layer."""
 
     module: nn.Module
-    a: Tensor  # its input, detached
+    a: Tensor  # its input, detached, the batch first
     edge: GradientEdge  # where its output's gradient arrives, also after in-place operations
-    shape: torch.Size  # of its output
+    shape: torch.Size  # of its output, the batch first
+    second: bool  # the batch was the second dimension: (L, B, ...)
 
 
 # Keyed by the forward itself: a subclass with another forward is another layer.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, *_BATCH_NORMS)
+_SEQUENCES = (nn.Linear, nn.LayerNorm, nn.Embedding)  # take (L, B, ...) as well as (B, L, ...)
 _HOOKED: dict[Any, type[nn.Module]] = {
-    layer.forward: layer for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, *_NORMS)
+    layer.forward: layer
+    for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, GroupedLinear, *_NORMS)
 }
 
 
 @contextmanager
-def _recording(model: nn.Module, wanted: set[int], uses: list[Use]) -> Iterator[None]:
+def _recording(
+    model: nn.Module,
+    wanted: set[int],
+    uses: list[Use],
+    b: int,
+    projections: dict[nn.MultiheadAttention, InProjection],
+) -> Iterator[None]:
+    """Calls of hooked layers on b examples go to ``uses``; attention runs by its projection."""
+
     def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         a = args[0] if args else kwargs.get("input")
         if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            uses.append(Use(module, a.detach(), get_gradient_edge(output), output.shape))
+            a, shape = a.detach(), output.shape
+            # Where both dimensions fit, the first is taken; a wrong guess fails the probe.
+            second = _kind(module) in _SEQUENCES and len(shape) > 2 and shape[1] == b != 0
+            second = second and shape[0] % b != 0
+            if second:
+                a = a.transpose(0, 1)
+                shape = torch.Size((shape[1], shape[0], *shape[2:]))
+            uses.append(Use(module, a, get_gradient_edge(output), shape, second))
 
     handles = []
     try:
-        for module in model.modules():
+        for module, project in projections.items():
+            module.forward = partial(attend, module, project)
+        for module in (*model.modules(), *(m for p in projections.values() for m in p.modules())):
             own = {id(p) for p in module.parameters(recurse=False)}
             if type(module).forward in _HOOKED and own & wanted:
                 handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
         yield
     finally:
+        for module in projections:
+            vars(module).pop("forward", None)
         for handle in handles:
             handle.remove()
 
@@ -224,6 +381,7 @@ class Engine:
     model: nn.Module
     params: dict[str, nn.Parameter]
     plans: dict[Signature, Plan] = field(default_factory=dict)
+    whole: bool = False  # attention runs as the model has it
 
     @cached_property
     def device(self) -> torch.device:
@@ -233,12 +391,29 @@ class Engine:
     def names(self) -> dict[int, str]:
         return {id(p): name for name, p in self.params.items()}
 
+    @cached_property
+    def projections(self) -> dict[nn.MultiheadAttention, InProjection]:
+        """The attentions to take apart: those with a parameter that is asked for."""
+        wanted = self.names.keys()
+        return {
+            module: InProjection(module)
+            for module in self.model.modules()
+            if isinstance(module, nn.MultiheadAttention)
+            and can_attend(module)
+            and any(id(p) in wanted for p in module.parameters())
+        }
+
     def trace(self, inputs: Inputs) -> Trace:
         """One forward pass, its layers recorded; probed where its layout was not met before."""
         trace = self._record(inputs)
         plan = self.plans.get(trace.signature)
         if plan is None:
-            plan = self._probe(inputs, trace)
+            few = take(inputs, slice(0, PROBE_ROWS))
+            plain = forward(self.model, few)
+            if self.projections and not self._same(few, plain):
+                self.whole, self.plans = True, {}
+                trace = self._record(inputs)
+            plan = self._probe(few, plain, trace)
             self.plans[trace.signature] = plan
         trace.plan = plan
         return trace
@@ -266,19 +441,28 @@ class Engine:
 
     def _record(self, inputs: Inputs) -> Trace:
         uses: list[Use] = []
-        with _recording(self.model, set(self.names), uses):
+        projections = {} if self.whole else self.projections
+        with _recording(self.model, set(self.names), uses, rows(inputs), projections):
             f = forward(self.model, inputs)
         if f.ndim != 2:
             raise ValueError(f"expected outputs of shape (B, C), got {tuple(f.shape)}")
         return Trace(self, inputs, f, uses)
 
-    def _probe(self, inputs: Inputs, trace: Trace) -> Plan:
+    def _same(self, few: Inputs, plain: Tensor) -> bool:
+        """Whether a recorded forward pass, attention taken apart, gives the model's outputs."""
+        f = self._record(few).f.detach()
+        finite = torch.isfinite(plain.detach())
+        kept, truth = f[finite], plain.detach()[finite]
+        return f.shape == plain.shape and _agree(kept, truth, truth.dtype in _LOW)
+
+    def _probe(self, few: Inputs, plain: Tensor, trace: Trace) -> Plan:
         """Compare per-example gradients with autograd's on a few examples, in one random direction.
+
+        plain: the model's outputs on them, nothing recorded and nothing swapped.
 
         Only every second example has a direction for autograd, so that a layer whose first
         dimension is not the batch (sequence-first) is found out, too.
         """
-        few = take(inputs, slice(0, PROBE_ROWS))
         probe = self._record(few)
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(1, *probe.f.shape, generator=generator, dtype=torch.float64)
@@ -287,7 +471,7 @@ class Engine:
         truth = dict(
             zip(
                 self.params,
-                output_vjp(probe.f, list(self.params.values()), v[0] * some.unsqueeze(1)),
+                output_vjp(plain, list(self.params.values()), v[0] * some.unsqueeze(1)),
                 strict=True,
             )
         )
@@ -379,7 +563,7 @@ class Trace:
         """What was called in which layout, free of the batch size where the batch comes first."""
         b = len(self.f)
         layout = tuple(
-            (id(use.module), use.a.shape[1:], use.shape[1:], divmod(use.shape[0], b))
+            (id(use.module), use.a.shape[1:], use.shape[1:], divmod(use.shape[0], b), use.second)
             for use in self.uses
         )
         return layout, tuple(sorted(self.reached.items()))
@@ -433,18 +617,24 @@ class Trace:
                 ranked = use.a.ndim == (3 if kind is nn.Conv1d else 4)
             elif kind is nn.LayerNorm:
                 ranked = use.a.ndim > len(module.normalized_shape)
+            elif kind is nn.Embedding:
+                ranked = not module.scale_grad_by_freq
             else:
                 ranked = use.a.ndim >= 2
             if kind in _BATCH_NORMS:
                 ranked = ranked and not module.training and module.running_mean is not None
             return ranked and use.shape[0] > 0 and use.shape[0] % b == 0
 
+        def joined(uses: list[tuple[Use, str]]) -> bool:
+            """One kind of layer, or an embedding and linear layers."""
+            kinds = {(_kind(use.module), _groups_of(use.module)) for use, _ in uses}
+            pair = {(nn.Embedding, 1), (nn.Linear, 1)}
+            return len({role for _, role in uses}) == 1 and (len(kinds) == 1 or kinds == pair)
+
         return [
             name
             for name, uses in self.uses_of.items()
-            if all(fits(use) for use, _ in uses)
-            and len({role for _, role in uses}) == 1
-            and len({(_kind(use.module), _groups_of(use.module)) for use, _ in uses}) == 1
+            if all(fits(use) for use, _ in uses) and joined(uses)
         ]
 
     def pull(self, v: Tensor, names: frozenset[str] | None = None) -> dict[str, Factor]:
@@ -481,24 +671,53 @@ class Trace:
         needed = {id(use): use for uses in pairs.values() for use, _ in uses}
         grads = _pull_back(self.f, [use.edge for use in needed.values()], v)
         at = {
-            key: _output_gradient(use.module, upcast(g), b)
+            key: _output_gradient(use.module, upcast(g.transpose(1, 2) if use.second else g), b)
             for (key, use), g in zip(needed.items(), grads, strict=True)
         }
         out: dict[str, Factor] = {}
         for name, uses in pairs.items():
             shape = self.engine.params[name].shape
-            g = _cat([at[id(use)] for use, _ in uses], dim=-2)  # (K, B, G, L, O)
-            if uses[0][1] == "bias":
-                out[name] = Rows(g.sum(-2).reshape(len(v), b, *shape))
-            elif _kind(uses[0][0].module) in _NORMS:
-                a = _input_reader([use for use, _ in uses], b)(slice(0, b))
-                out[name] = Rows((g * a).sum(-2).reshape(len(v), b, *shape))
-            elif g.shape[2:4] == (1, 1) and len(shape) == 2:
-                a = upcast(uses[0][0].a).reshape(b, -1)
-                out[name] = Outer(g[:, :, 0, 0], a)
+            lookups = [use for use, _ in uses if _kind(use.module) is nn.Embedding]
+            others = [use for use, _ in uses if _kind(use.module) is not nn.Embedding]
+            if not lookups:
+                out[name] = _factor(others, uses[0][1], at, b, shape)
+            elif not others:
+                out[name] = _lookup(lookups, at, b, shape)
             else:
-                out[name] = Positions(g, _input_reader([use for use, _ in uses], b), shape)
+                dense: Any = _factor(others, "weight", at, b, shape)
+                out[name] = Tied(_lookup(lookups, at, b, shape), dense)
         return out
+
+
+def _lookup(uses: list[Use], at: dict[int, Tensor], b: int, shape: torch.Size) -> Lookup:
+    """An embedding's uses; the row of ``padding_idx`` takes no gradient."""
+    grads, ids = [], []
+    for use in uses:
+        each = use.a.reshape(b, -1)
+        g = at[id(use)][:, :, 0]  # (K, B, L, D)
+        module: Any = use.module
+        if module.padding_idx is not None:
+            g = g * (each != module.padding_idx).unsqueeze(-1)
+        grads.append(g)
+        ids.append(each)
+    return Lookup(_cat(grads, dim=2), _cat(ids, dim=1), shape)
+
+
+def _factor(
+    uses: list[Use], role: str, at: dict[int, Tensor], b: int, shape: torch.Size
+) -> Outer | Positions | Rows:
+    """The gradients of one parameter, whose uses are of one kind."""
+    count = len(at[id(uses[0])])
+    g = _cat([at[id(use)] for use in uses], dim=-2)  # (K, B, G, L, O)
+    if role == "bias":
+        values = g[..., 0, :] if g.shape[-2] == 1 else g.sum(-2)
+        return Rows(values.reshape(count, b, *shape))
+    if _kind(uses[0].module) in _NORMS:
+        a = _input_reader(uses, b)(slice(0, b))
+        return Rows((g * a).sum(-2).reshape(count, b, *shape))
+    if g.shape[2:4] == (1, 1) and len(shape) == 2:
+        return Outer(g[:, :, 0, 0], upcast(uses[0].a).reshape(b, -1))
+    return Positions(g, _input_reader(uses, b), shape)
 
 
 def _input_reader(uses: list[Use], b: int) -> Callable[[slice], Tensor]:
@@ -521,8 +740,11 @@ def _groups_of(module: nn.Module) -> int:
 def _output_gradient(module: nn.Module, g: Tensor, b: int) -> Tensor:
     """(K, b * r, ...) -> (K, b, G, L, O), positions L running over r, time steps or pixels."""
     count, groups = len(g), _groups_of(module)
-    if _kind(module) is nn.Linear:
+    if _kind(module) in (nn.Linear, nn.Embedding):
         return g.reshape(count, b, 1, -1, g.shape[-1])
+    if _kind(module) is GroupedLinear:
+        g = g.reshape(count, b, -1, *g.shape[2:])  # (K, b, r, G, L, O)
+        return g.transpose(2, 3).flatten(3, 4)
     if isinstance(module, nn.LayerNorm):
         return g.reshape(count, b, 1, -1, math.prod(module.normalized_shape))
     r = g.shape[1] // b
@@ -543,6 +765,8 @@ def _layer_input(use: Use, b: int, part: slice) -> Tensor:
     module = use.module
     if _kind(module) is nn.Linear:
         return a.reshape(n, 1, -1, a.shape[-1])
+    if _kind(module) is GroupedLinear:
+        return a.reshape(n, r, *a.shape[1:]).transpose(1, 2).flatten(2, 3)
     if isinstance(module, nn.LayerNorm):
         a = F.layer_norm(a, module.normalized_shape, eps=module.eps)
         return a.reshape(n, 1, -1, math.prod(module.normalized_shape))
@@ -628,6 +852,8 @@ def _pull_back(f: Tensor, edges: list[GradientEdge], v: Tensor) -> list[Tensor]:
                             allow_unused=True)
         for direction in v
     ]  # fmt: skip
+    if len(each) == 1:
+        return [part.unsqueeze(0) for part in each[0]]
     return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
 

@@ -182,7 +182,8 @@ def kernel(
 def choose(model: nn.Module, params: ParamChoice = None) -> dict[str, nn.Parameter]:
     """The trainable parameters that are named, or that a filter keeps; all by default.
 
-    Raises ValueError for a name that is unknown or frozen, or where nothing is left.
+    Raises ValueError for a name that is unknown or frozen, or where nothing is left, and TypeError
+    for sharded parameters (DTensor, as FSDP2 makes them).
     """
     if params is None or callable(params):
         chosen = parameters(model, params)
@@ -197,6 +198,14 @@ def choose(model: nn.Module, params: ParamChoice = None) -> dict[str, nn.Paramet
         chosen = {name: every[name] for name in every if name in set(params)}
     if not chosen:
         raise ValueError("no trainable parameter is left; set requires_grad, or widen the filter")
+    # FSDP2's forward runs on other tensors, so the graph would not lead to these: zeros, silently.
+    sharded = [name for name, p in chosen.items() if hasattr(p, "placements")]
+    if sharded:
+        raise TypeError(
+            f"expected plain parameters, got sharded ones (DTensor): {sharded[:5]}; take gradients "
+            "and curvature on the unsharded module, each process on its part of the examples, "
+            "and add the results up"
+        )
     return chosen
 
 
