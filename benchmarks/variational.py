@@ -61,17 +61,26 @@ class Case:
 
 
 _ADAM = {"lr": (3e-4, 1e-3, 3e-3), "weight_decay": (0.0, 1e-4)}
-_IVON = {
+_IVON = {"lr": (0.5, 1.0, 2.0), "hess_init": (0.1, 0.5), "beta2": (0.999,), "weight_decay": (1e-4,)}
+# Where h is to be tomorrow's prior, the first h must be forgotten within a task of 300 steps.
+_CHAIN = {
     "lr": (0.1, 0.3, 1.0),
-    "hess_init": (0.1, 0.5),
-    "beta2": (0.9995,),
-    "weight_decay": (1e-4,),
+    "hess_init": (0.1,),
+    "beta2": (0.98, 0.99),
+    "weight_decay": (1e-3,),
 }
 CASES: dict[str, Case] = {
     "digits": Case((64, 100, 100, 10), 60, adam=_ADAM, ivon=_IVON),
     "pairs": Case((64, 100, 100, 10), 60, adam=_ADAM, ivon=_IVON),
-    "chain": Case((64, 100, 100, 10), 60, adam=_ADAM, ivon=_IVON),
-    "mnist": Case((784, 256, 256, 10), 10, 128, selection_seeds=(100,), adam=_ADAM, ivon=_IVON),
+    "chain": Case((64, 100, 100, 10), 60, adam=_ADAM, ivon=_CHAIN),
+    "mnist": Case(
+        (784, 256, 256, 10),
+        6,
+        128,
+        selection_seeds=(100,),
+        adam=_ADAM,
+        ivon={**_IVON, "beta2": (0.9995,)},
+    ),
 }
 
 
