@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
 import torch
+from benchmarks import variational as benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
-import lifelong
-from benchmarks import variational as benchmark
 from lifelong import Bernoulli, Categorical, Dense, Diagonal, Gaussian, Poisson, Posterior
 from lifelong.errors import NonFiniteError, NotRepeatableError, StaleAnchorError
 from lifelong.testing import reference
@@ -441,3 +440,434 @@ def test_a_chain_of_ivon_remembers_the_first_digits() -> None:
     lost = benchmark.learn_stream("adam", {"lr": 3e-3}, tasks, case, 0)["adam"]  # type: ignore[arg-type]
     assert kept["first_task_when_learned"] > 0.95
     assert kept["first_task"] > lost["first_task"]
+
+
+# ------------------------------------------------------------------ what a loop does
+
+
+class TwoHeads(nn.Module):
+    """A shared layer and two heads, of which one is asked at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3, 4, dtype=F64)
+        self.heads = nn.ModuleList(nn.Linear(4, 1, dtype=F64) for _ in range(2))
+        self.active = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.active](torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("kind", ["ivon", "vadam", "vogn"])
+def test_a_head_without_gradients_keeps_everything(kind: str) -> None:
+    model, (x, y) = TwoHeads(), regression()
+    if kind == "vogn":
+        optimizer: Any = VOGN(model, NOISE, ess=20, precision_init=5.0)
+    elif kind == "vadam":
+        optimizer = Vadam(model.named_parameters(), ess=20, precision_init=5.0)
+    else:
+        optimizer = ivon(model)
+
+    def learn(head: int) -> None:
+        model.active = head
+        if kind == "vogn":
+            optimizer.observe(x, y)
+            optimizer.step()
+        else:
+            train(model, optimizer, (x, y), 1)
+
+    learn(0)
+    learn(0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+    learn(1)
+    for n, p in model.named_parameters():
+        changed = not torch.equal(p, before[n])
+        assert changed == ("heads.0" not in n)
+        if "heads.0" in n:
+            assert torch.equal(optimizer.state[p]["hess"], state[n]["hess"])
+            assert torch.equal(optimizer.state[p]["momentum"], state[n]["momentum"])
+            assert optimizer.state[p]["step"] == 2
+        assert (
+            optimizer.state[p]["step"]
+            == {"body": 3, "heads.0": 2, "heads.1": 1}[n.rpartition(".")[0]]
+        )
+
+
+def test_a_gradient_that_is_missing_in_one_pass_counts_as_zero() -> None:
+    models = [TwoHeads(), TwoHeads()]
+    x, y = regression()
+    for model, zero in zip(models, (False, True), strict=True):
+        optimizer = ivon(model, generator=seeded(2))
+        for head in (0, 1):
+            model.active = head
+            with optimizer.sampled_params(train=True):
+                loss = F.mse_loss(model(x), y)
+                if zero:
+                    loss = loss + sum((0 * p).sum() for p in model.parameters())
+                loss.backward()
+        optimizer.step()
+    close(flat(models[0]), flat(models[1]))
+
+
+def test_the_samples_leave_no_trace() -> None:
+    model, (x, y) = network(1), regression()
+    optimizer = ivon(model)
+    before, state = flat(model), torch.get_rng_state()
+    model.eval()
+    next(model.parameters()).grad = torch.ones(4, 3, dtype=F64)
+    with optimizer.sampled_params():
+        assert not torch.equal(flat(model), before)
+    assert next(model.parameters()).grad is not None  # evaluation leaves gradients alone
+    optimizer.zero_grad()
+    with pytest.raises(KeyError), optimizer.sampled_params(train=True):  # noqa: PT012
+        F.mse_loss(model(x), y).backward()
+        raise KeyError
+    assert torch.equal(flat(model), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(RuntimeError, match="without a pass"):  # the broken pass does not count
+        optimizer.step()
+
+
+def test_groups_schedulers_and_frozen_parameters() -> None:
+    model, data = network(1), regression()
+    model[0].weight.requires_grad_(False)
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.0},
+        {"params": model[2].named_parameters(), "weight_decay": 0.1},
+    ]
+    optimizer = IVON(groups, 0.1, ess=20.0, weight_decay=0.2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, data, 1)
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0, 0.05]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"2.weight", "2.bias"}
+    posterior = gaussian_posterior(optimizer, model)
+    assert set(posterior.mean) == {"0.bias", "2.weight", "2.bias"}
+    assert posterior.prior_precision == pytest.approx(2.0)
+    head = optimizer.precision(model[2].bias, optimizer.param_groups[1])
+    close(posterior.variance()["2.bias"], 1 / head)
+
+
+def test_parameters_of_several_dtypes() -> None:
+    torch.manual_seed(0)
+    low, high = nn.Linear(3, 4, dtype=torch.bfloat16), nn.Linear(4, 1, dtype=F64)
+    model = nn.ModuleList([low, high])
+    x, y = regression()
+    optimizer = IVON(model.named_parameters(), 1e-4, ess=1e8, hess_init=1.0)
+    start = low.weight.detach().clone()
+    for _ in range(30):
+        with optimizer.sampled_params(train=True):
+            F.mse_loss(high(torch.tanh(low(x.bfloat16())).double()), y).backward()
+        optimizer.step()
+    state = optimizer.state[low.weight]
+    assert state["hess"].dtype == state["mean"].dtype == torch.float32
+    assert optimizer.state[high.weight]["hess"].dtype == F64
+    # Steps too small for bfloat16 add up beside it.
+    assert float((state["mean"] - start.float()).abs().max()) > 1e-4
+    assert torch.equal(state["mean"].bfloat16(), low.weight)
+    posterior = gaussian_posterior(optimizer, model)
+    assert posterior.mean["0.weight"].dtype == torch.float32
+    other = IVON(model.named_parameters(), 1e-4, ess=1e8)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(other.state[low.weight]["hess"], state["hess"])  # not rounded by torch
+    with torch.no_grad():
+        low.weight.fill_(1.0)  # changed from outside: the copy follows
+    close(gaussian_posterior(optimizer, model).mean["0.weight"], torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mixed_precision(autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    x, y = (v.float() for v in regression())
+    optimizer = IVON(model.parameters(), 0.2, ess=20.0)
+    for _ in range(100):
+        with optimizer.sampled_params(train=True), torch.autocast("cpu", enabled=autocast):
+            F.mse_loss(model(x).float(), y).backward()
+        optimizer.step()
+    assert float(F.mse_loss(model(x), y).detach()) < 1.2
+
+
+@pytest.mark.parametrize("kind", ["ivon", "vadam", "vogn", "von"])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_resumed_run_is_equal(kind: str, between: bool, tmp_path: Path) -> None:
+    """Also where it stops between the passes of a step, and through a file without pickle."""
+    x, y = regression()
+
+    def make(model: nn.Module, seed: int) -> Any:
+        mean = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+        prior = Posterior(mean, Diagonal(mean), 1.0) if seed == 1 else None
+        options: dict[str, Any] = {"ess": 20.0, "generator": seeded(seed), "prior": prior}
+        if kind == "von":
+            return VON(model, NOISE, 0.3, **options)
+        if kind == "vogn":
+            return VOGN(model, NOISE, **options)
+        cls = IVON if kind == "ivon" else Vadam
+        return cls(model.named_parameters(), **options)
+
+    def observe(model: nn.Module, optimizer: Any, part: slice) -> None:
+        if kind in ("von", "vogn"):
+            optimizer.observe(x[part], y[part])
+        else:
+            with optimizer.sampled_params(train=True):
+                F.mse_loss(model(x[part]), y[part]).backward()
+
+    def rest(model: nn.Module, optimizer: Any) -> Tensor:
+        if between:
+            observe(model, optimizer, slice(7, 20))
+            optimizer.step()
+        for _ in range(2):
+            observe(model, optimizer, slice(0, 20))
+            optimizer.step()
+        return flat(model)
+
+    model = network(1)
+    optimizer = make(model, 1)
+    observe(model, optimizer, slice(0, 20))
+    optimizer.step()
+    if between:
+        observe(model, optimizer, slice(0, 7))
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state")
+    weights, state = torch.load(tmp_path / "state", weights_only=True)
+    straight = rest(model, optimizer)
+
+    again = network(1)
+    again.load_state_dict(weights)
+    resumed = make(again, 2)
+    resumed.load_state_dict(state)
+    assert torch.equal(rest(again, resumed), straight)
+    close(
+        gaussian_posterior(resumed, again).variance(),
+        gaussian_posterior(optimizer, model).variance(),
+        rtol=0.0,
+    )
+
+
+def on_rank(rank: int, folder: str) -> None:
+    """Each of two ranks sees half of the data; the second head is asked on the second rank only."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    model, (x, y) = TwoHeads(), regression()
+    optimizer = ivon(model)
+    part = slice(0, 5) if rank == 0 else slice(5, 20)
+    for _ in range(3):
+        model.active = rank
+        with optimizer.sampled_params(train=True, weight=len(x[part])):
+            F.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+    von_model = linear()
+    von = VON(von_model, NOISE, ess=20)
+    von.observe(x[part], y[part])
+    von.step()
+    torch.save((flat(model), flat(von_model)), f"{folder}/{rank}")
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_run_of_two_passes(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("spawn")
+    workers = [processes.Process(target=on_rank, args=(r, str(tmp_path))) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    (here, von), (there, von_there) = (torch.load(tmp_path / str(r)) for r in range(2))
+    assert torch.equal(here, there)
+    assert torch.equal(von, von_there)
+    model, (x, y) = TwoHeads(), regression()
+    optimizer, generators = ivon(model), (seeded(0), seeded(1))  # by default the seed is the rank
+    for _ in range(3):
+        for rank, part in enumerate((slice(0, 5), slice(5, 20))):
+            model.active, optimizer.generator = rank, generators[rank]
+            with optimizer.sampled_params(train=True, weight=len(x[part])):
+                F.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+    close(here, flat(model))
+    close(von, bayes(x, y, 1.0)[0])
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_misuse_of_a_loop_is_told() -> None:
+    model, (x, y) = network(1), regression()
+    optimizer = ivon(model)
+    with pytest.raises(RuntimeError, match=r"without a pass over data.*sampled_params"):
+        optimizer.step()
+    F.mse_loss(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="outside of sampled_params"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match="without a gradient"),
+        optimizer.sampled_params(train=True),
+    ):
+        model(x)
+    with optimizer.sampled_params():
+        for call in (
+            optimizer.step,
+            optimizer.state_dict,
+            lambda: optimizer.load_state_dict({}),
+            lambda: optimizer.sampled_params().__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match="sampled_params"):
+                call()
+        with pytest.raises(RuntimeError, match="sampled_params"):
+            gaussian_posterior(optimizer, model)
+    with pytest.raises(ValueError, match="weight must be positive"):
+        optimizer.sampled_params(train=True, weight=0.0).__enter__()
+    with pytest.raises(ValueError, match="expected the state of IVON"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    model, data = network(1), regression()
+    optimizer = ivon(model)
+    train(model, optimizer, data, 2)
+    before, h = flat(model), optimizer.state[model[0].bias]["hess"].clone()
+    with optimizer.sampled_params(train=True):
+        (value * model(data[0])).sum().backward()
+    with pytest.raises(NonFiniteError, match="sampled passes"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+    assert torch.equal(optimizer.state[model[0].bias]["hess"], h)
+    train(model, optimizer, data, 1)  # the passes were dropped
+
+
+def test_misuse_of_observe_is_told() -> None:
+    model, (x, y) = network(1), regression()
+    vogn, von = VOGN(model, NOISE, ess=20), VON(model, NOISE, ess=20)
+    with pytest.raises(TypeError, match=r"observe\(inputs, labels\)"):
+        vogn.sampled_params(train=True).__enter__()
+    for optimizer in (vogn, von):
+        with pytest.raises(RuntimeError, match="observe"):
+            optimizer.step()
+        with pytest.raises(ValueError, match="do not fit|as many labels"):
+            optimizer.observe(x, y[:3])
+        with pytest.raises(NonFiniteError):
+            optimizer.observe(math.nan * x, y)
+        with pytest.raises(ValueError, match="weight must be positive"):
+            optimizer.observe(x, y, weight=-1.0)
+        with pytest.raises(RuntimeError, match="observe"):  # nothing of these counts
+            optimizer.step()
+    with pytest.raises(TypeError, match="closure"):
+        von.step(lambda: None)
+    dropping = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1, dtype=F64))
+    with pytest.raises(NotRepeatableError, match="Dropout"):
+        VOGN(dropping, NOISE, ess=20).observe(x, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ess": 0.0}, "ess must be positive"),
+        ({"hess_init": -1.0}, "hess_init must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite"),
+        ({"lr": math.nan}, "lr must be finite"),
+        ({"beta1": 1.0}, "beta1 must lie"),
+        ({"beta2": -0.1}, "beta2 must lie"),
+        ({"mc_samples": 0}, "mc_samples must be at least 1"),
+        ({"clip_radius": 0.0}, "clip_radius must be positive"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ivon(linear(), **options)
+
+
+def test_values_out_of_range_elsewhere() -> None:
+    model = linear()
+    for make, message in (
+        (lambda: Vadam(model.parameters(), ess=1.0, precision_init=0.5), "at least prior_prec"),
+        (lambda: Vadam(model.parameters(), ess=1.0, prior_precision=0.0), "prior_precision must"),
+        (lambda: VOGN(model, NOISE, ess=1.0, damping=-1.0), "damping must be"),
+        (lambda: VON(model, NOISE, 1.5, ess=1.0), "lr must lie in"),
+        (lambda: VON(model, NOISE, ess=1.0, precision_lr=-1.0), "precision_lr must lie in"),
+        (lambda: VON(model, NOISE, ess=-1.0), "ess must be positive"),
+        (lambda: VON(model, NOISE, ess=1.0, mc_samples=-1), "mc_samples must not be"),
+        (lambda: VON(model, NOISE, ess=1.0, hessian="?"), "hessian must be"),  # type: ignore[arg-type]
+        (lambda: VON(nn.Linear(200, 200), NOISE, ess=1.0), "use VOGN or IVON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_a_prior_that_does_not_fit() -> None:
+    model = linear()
+    ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    prior = Posterior(ones, Diagonal(ones), 1.0)
+    with pytest.raises(ValueError, match=r"named_parameters\(\)"):
+        IVON(model.parameters(), ess=1.0, prior=prior)
+    for other in (linear(4), nn.Sequential(linear())):
+        with pytest.raises(StaleAnchorError):
+            ivon(other, prior=prior)
+        with pytest.raises(StaleAnchorError):
+            VON(other, NOISE, ess=1.0, prior=prior)
+    with pytest.raises(ValueError, match="not positive everywhere"):
+        ivon(model, prior=Posterior(ones, Diagonal({n: -2 * v for n, v in ones.items()}), 1.0))
+
+
+# ------------------------------------------------------------------ gaussian_posterior
+
+
+class Elsewhere(torch.optim.SGD):
+    """A stand-in for an IVON from elsewhere: flat vectors in the groups."""
+
+    def __init__(self, params: Any, **group: Any) -> None:
+        super().__init__(params, lr=0.1)
+        for g in self.param_groups:
+            size = sum(p.numel() for p in g["params"])
+            g.update({"ess": 50.0, "weight_decay": 0.02, "hess": torch.arange(float(size))})
+            g.update(group)
+
+
+def test_an_ivon_from_elsewhere_is_read() -> None:
+    model = linear()
+    posterior = gaussian_posterior(Elsewhere(model.parameters()), model)
+    assert posterior.prior_precision == 1.0
+    close(posterior.variance()["weight"], 1 / (50 * torch.arange(3.0, dtype=F64)[None] + 1))
+    close(posterior.variance()["bias"], 1 / (50 * torch.tensor([3.0], dtype=F64) + 1))
+    close(posterior.mean["bias"], model.bias.detach())
+    with torch.no_grad():
+        model.bias.add_(1.0)  # a snapshot
+    assert not torch.equal(posterior.mean["bias"], model.bias)
+
+
+def test_what_gaussian_posterior_refuses() -> None:
+    model = linear()
+    with pytest.raises(TypeError, match=r"Adam holds no Gaussian.*ess"):
+        gaussian_posterior(torch.optim.Adam(model.parameters()), model)
+    with pytest.raises(ValueError, match="4 weights, but its hess has 3"):
+        gaussian_posterior(Elsewhere(model.parameters(), hess=torch.ones(3)), model)
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    uneven = Elsewhere(groups)
+    uneven.param_groups[1]["weight_decay"] = 1.0
+    with pytest.raises(ValueError, match="different prior precisions"):
+        gaussian_posterior(uneven, model)
+    with pytest.raises(ValueError, match="must be positive"):
+        gaussian_posterior(Elsewhere(model.parameters(), weight_decay=0.0), model)
+    with pytest.raises(ValueError, match=r"lacks \['bias'\]"):
+        gaussian_posterior(IVON([model.weight], ess=1.0), model)
+    with pytest.raises(ValueError, match="4 parameters|2 parameters"):
+        gaussian_posterior(ivon(linear()), model)
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["digits", "chain", "--smoke", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["digits"]["summary"]) == {"adam", "ivon", "ivon@mean"}
+    assert set(result["chain"]["seeds"]["ivon"][0]) > {"accuracy", "nll", "ece", "first_task"}
+    assert "digits ivon: accuracy" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--data"):
+        benchmark.main(["mnist", "--smoke", "--out", str(tmp_path)])

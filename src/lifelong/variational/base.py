@@ -45,6 +45,11 @@ class Variational(torch.optim.Optimizer):
         """The posterior, with id(parameter) -> name; ``gaussian_posterior`` is the way in."""
         raise NotImplementedError
 
+    def require_mean(self) -> None:
+        """Raise RuntimeError where the weights are a sample."""
+        if self._sampling:
+            raise RuntimeError("the weights are a sample: leave sampled_params first")
+
     def _trainable(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
         for group in self.param_groups:
             for p in group["params"]:

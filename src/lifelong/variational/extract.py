@@ -44,6 +44,7 @@ def gaussian_posterior(optimizer: torch.optim.Optimizer, model: nn.Module) -> Po
             f"{left[:5]}; expected the trainable parameters of this model"
         )
     if isinstance(optimizer, Variational):
+        optimizer.require_mean()
         return optimizer.gaussian(names)
     return _foreign(optimizer, names)
 
