@@ -44,11 +44,15 @@ if TYPE_CHECKING:
     from .scores import identify
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+    from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IVON",
     "KL",
+    "VOGN",
+    "VON",
     "AccuracyMatrix",
     "Bernoulli",
     "Categorical",
@@ -73,6 +77,7 @@ __all__ = [
     "StaleAnchorError",
     "Task",
     "TaskStream",
+    "Vadam",
     "WeightTerm",
     "blurred",
     "by_time",
@@ -86,6 +91,7 @@ __all__ = [
     "experience_replay",
     "finetune",
     "fromp",
+    "gaussian_posterior",
     "gradient_reconstruction",
     "identify",
     "joint",
@@ -147,6 +153,7 @@ _MODULES = {
         "split_by_class",
     ),
     "terms": ("KernelTerm", "MemoryTerm", "Regulariser", "WeightTerm"),
+    "variational": ("IVON", "VOGN", "VON", "Vadam", "gaussian_posterior"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
