@@ -61,11 +61,15 @@ if TYPE_CHECKING:
     from .scores import identify
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+    from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IVON",
     "KL",
+    "VOGN",
+    "VON",
     "AccuracyMatrix",
     "Bernoulli",
     "BlockDiagonal",
@@ -96,6 +100,7 @@ __all__ = [
     "StaleAnchorError",
     "Task",
     "TaskStream",
+    "Vadam",
     "WeightTerm",
     "block_curvature",
     "blurred",
@@ -113,6 +118,7 @@ __all__ = [
     "fromp",
     "function_covariance",
     "function_kernel",
+    "gaussian_posterior",
     "gradient_reconstruction",
     "identify",
     "isotropic_curvature",
@@ -195,6 +201,7 @@ _MODULES = {
         "split_by_class",
     ),
     "terms": ("KernelTerm", "MemoryTerm", "Regulariser", "WeightTerm"),
+    "variational": ("IVON", "VOGN", "VON", "Vadam", "gaussian_posterior"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 

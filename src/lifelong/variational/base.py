@@ -1,0 +1,200 @@
+"""What the variational optimisers share: names, a generator of their own, sampling, resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed
+
+from ..hooks import accumulator
+from ..posterior import Posterior
+
+ParamsOrGroups = Iterable[Any]  # parameters, (name, parameter) pairs, or dicts with "params"
+
+
+class Variational(torch.optim.Optimizer):
+    """An optimiser that holds a Gaussian over the weights; its mean is in the model.
+
+    generator: where its noise comes from, so that the global random state is not touched; by
+    default a new one on the CPU, seeded with the rank. A generator may live on another device than
+    the parameters: the noise is drawn there and moved.
+    """
+
+    def __init__(
+        self,
+        params: ParamsOrGroups,
+        defaults: dict[str, Any],
+        *,
+        generator: torch.Generator | None = None,
+        sync: bool = True,
+    ) -> None:
+        groups, self.names = _split_names(params)
+        super().__init__(groups, defaults)
+        self.generator = generator or torch.Generator().manual_seed(_rank())
+        self.sync = sync
+        self._weight = 0.0  # of the passes since the last step
+        self._sampling = False
+
+    # ------------------------------------------------------------------ for the subclasses
+
+    def gaussian(self, names: Mapping[int, str]) -> Posterior:
+        """The posterior, with id(parameter) -> name; ``gaussian_posterior`` is the way in."""
+        raise NotImplementedError
+
+    def require_mean(self) -> None:
+        """Raise RuntimeError where the weights are a sample."""
+        if self._sampling:
+            raise RuntimeError("the weights are a sample: leave sampled_params first")
+
+    def _trainable(self) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    yield p, group
+
+    def _normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Standard normal noise, in float32 or better on the device of ``like``."""
+        noise = torch.randn(
+            shape,
+            generator=self.generator,
+            dtype=accumulator(like.dtype),
+            device=self.generator.device,
+        )
+        return noise.to(like.device)
+
+    def _mean(self, p: Tensor) -> Tensor:
+        """m in float32 or better: of a shorter parameter a copy is kept, so that small steps add.
+
+        The copy is made again where the parameter was changed from outside.
+        """
+        if accumulator(p.dtype) == p.dtype:
+            return p.detach()
+        master = self.state[p].get("mean")
+        if master is None or not torch.equal(master.to(p.dtype), p.detach()):
+            master = self.state[p]["mean"] = p.detach().to(accumulator(p.dtype))
+        return master
+
+    @torch.no_grad()
+    def _move(self, p: Tensor, value: Tensor) -> None:
+        """The mean becomes ``value``."""
+        if accumulator(p.dtype) != p.dtype:
+            self.state[p]["mean"] = value.clone()
+        p.copy_(value)
+
+    @contextmanager
+    def _perturbed(self, noise: list[tuple[torch.nn.Parameter, Tensor]]) -> Iterator[None]:
+        """The weights are mean + noise inside, and bit for bit what they were after."""
+        if self._sampling:
+            raise RuntimeError(
+                "sampled_params inside of sampled_params: the weights are a sample already; "
+                "leave the first context before you enter the next"
+            )
+        kept = [(p, p.detach().clone()) for p, _ in noise]
+        with torch.no_grad():
+            for p, e in noise:
+                p.copy_(self._mean(p) + e)
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+            with torch.no_grad():
+                for p, value in kept:
+                    p.copy_(value)
+
+    def _require_passes(self, how: str) -> None:
+        if self._sampling:
+            raise RuntimeError("step() inside of sampled_params; leave the context first")
+        if any(p.grad is not None for p, _ in self._trainable()):
+            raise RuntimeError(
+                "there are gradients that were taken outside of sampled_params, at the mean; "
+                f"expected {how} before step(). zero_grad() drops them"
+            )
+        if self._weight == 0 and not self._several():
+            raise RuntimeError(f"step() without a pass over data: expected {how} before it")
+
+    def _several(self) -> bool:
+        return self.sync and distributed.is_available() and distributed.is_initialized()
+
+    # ------------------------------------------------------------------ resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the generator's state, and passes that wait for their step: a resumed run is equal.
+
+        Raises RuntimeError inside of ``sampled_params``.
+        """
+        if self._sampling:
+            raise RuntimeError("the weights are a sample: leave sampled_params before you save")
+        own = {"generator": self.generator.get_state(), "weight": self._weight}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The state again, each tensor in the precision that it was saved in.
+
+        Raises RuntimeError inside of ``sampled_params``, ValueError for the state of another kind
+        of optimiser.
+        """
+        if self._sampling:
+            raise RuntimeError("the weights are a sample: leave sampled_params before you load")
+        if not {"generator", "weight", "state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"expected the state of {type(self).__name__}, with a generator; "
+                f"got the keys {sorted(state_dict)}"
+            )
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        # torch has cast the state to the dtype of the parameters.
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][key] = value.detach().to(p.device, copy=True)
+        self.generator.set_state(state_dict["generator"])
+        self._weight = float(state_dict["weight"])
+
+
+def positive(**values: float) -> None:
+    """Raise ValueError for a value that is not positive and finite."""
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+    """The sums over all ranks, in one message for each device and dtype."""
+    out: list[Tensor | None] = [None] * len(tensors)
+    for kind in dict.fromkeys((t.device, t.dtype) for t in tensors):
+        index = [i for i, t in enumerate(tensors) if (t.device, t.dtype) == kind]
+        flat = torch.cat([tensors[i].flatten() for i in index])
+        distributed.all_reduce(flat)
+        for i, part in zip(index, flat.split([tensors[i].numel() for i in index]), strict=True):
+            out[i] = part.reshape(tensors[i].shape)
+    return cast("list[Tensor]", out)
+
+
+def _rank() -> int:
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if ready else 0
+
+
+def _split_names(params: ParamsOrGroups) -> tuple[list[Any], dict[int, str]]:
+    """Parameters or groups as torch takes them, and id(parameter) -> name where names came."""
+    names: dict[int, str] = {}
+
+    def bare(item: Any) -> Any:
+        if isinstance(item, dict):
+            inner = item["params"]
+            return {**item, "params": [bare(p) for p in _several_of(inner)]}
+        if isinstance(item, tuple) and len(item) == 2:
+            names[id(item[1])] = item[0]
+            return item[1]
+        return item
+
+    return [bare(item) for item in _several_of(params)], names
+
+
+def _several_of(params: Any) -> Iterable[Any]:
+    return [params] if isinstance(params, Tensor) else params
