@@ -58,7 +58,7 @@ def _of_protocol(attribute: str) -> bool:
     shared = {
         "nll", "mean", "residual", "hessian", "hessian_factor", "hessian_trace", "kl", "sample",
         "validate", "mask", "state_dict", "from_state_dict", "to", "diagonal", "draw", "value",
-        "load_state_dict", "mv", "quad", "inverse_mv",
+        "load_state_dict", "mv", "quad", "inverse_mv", "inverse_diagonal", "dense", "shapes",
     }  # fmt: skip
     return attribute in shared
 

@@ -11,10 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .curvature import Dense, Diagonal, dense_curvature, diagonal_curvature
+    from .curvature import (
+        BlockDiagonal,
+        Dense,
+        Diagonal,
+        EigenKronecker,
+        Isotropic,
+        Kronecker,
+        LowRank,
+        dense_curvature,
+        diagonal_curvature,
+    )
     from .data import Examples
     from .divergences import KL, Logit
+    from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .function_space import function_covariance, function_kernel
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -51,15 +63,21 @@ __all__ = [
     "KL",
     "AccuracyMatrix",
     "Bernoulli",
+    "BlockDiagonal",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
+    "EigenKronecker",
     "Examples",
     "Gaussian",
+    "GaussianProcess",
+    "Isotropic",
     "KernelTerm",
+    "Kronecker",
     "Learner",
     "Logit",
+    "LowRank",
     "Memory",
     "MemoryTerm",
     "NonFiniteError",
@@ -86,6 +104,8 @@ __all__ = [
     "experience_replay",
     "finetune",
     "fromp",
+    "function_covariance",
+    "function_kernel",
     "gradient_reconstruction",
     "identify",
     "joint",
@@ -95,6 +115,7 @@ __all__ = [
     "online_ewc",
     "online_laplace",
     "permuted",
+    "pseudo_data",
     "rotated",
     "separate",
     "si",
@@ -106,10 +127,22 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
-    "curvature": ("Dense", "Diagonal", "dense_curvature", "diagonal_curvature"),
+    "curvature": (
+        "BlockDiagonal",
+        "Dense",
+        "Diagonal",
+        "EigenKronecker",
+        "Isotropic",
+        "Kronecker",
+        "LowRank",
+        "dense_curvature",
+        "diagonal_curvature",
+    ),
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
+    "dnn2gp": ("GaussianProcess", "pseudo_data"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "function_space": ("function_covariance", "function_kernel"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),

@@ -14,8 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature, Dense, Diagonal
-from .curvature.base import require_positive
+from .curvature import Curvature
 from .hooks import Engine, accumulator
 from .jacobians import (
     choose_like,
@@ -104,6 +103,19 @@ def function_kernel(
     return torch.cat([torch.cat(band, dim=along) for band in bands])
 
 
+def linear_part(model: nn.Module, inputs: Inputs, v: Params) -> Tensor:
+    """J v of each example, over the parameters that v names: (B, C). Errors as above."""
+    engine = Engine(model, choose_like(model, v))
+    with differentiating(model):
+        inputs, parts = move(inputs, engine.device), []
+        for piece in engine.pieces(inputs, whole=True):
+            trace = engine.trace(take(inputs, piece))
+            jacobian = trace.rows(_directions(trace.f.detach(), None))  # (C, b, *shape)
+            each = [x.flatten(2) @ v[name].to(x).flatten() for name, x in jacobian.items()]
+            parts.append(torch.stack(each).sum(0).T)
+    return torch.cat(parts)
+
+
 def _full(features: _Features, u: Tensor, v: Tensor) -> Tensor:
     small = torch.einsum("bkr,ncr->bknc", u, v)
     return features.spread(small.transpose(1, 2)).transpose(1, 2)
@@ -140,9 +152,9 @@ class _Features:
         likelihood: Likelihood | None,
         mask: Tensor | None,
     ) -> None:
-        anchor = {n: torch.empty(s, device="meta") for n, s in _shapes(curvature).items()}
+        anchor = {n: torch.empty(s, device="meta") for n, s in curvature.shapes.items()}
         self.engine = Engine(model, choose_like(model, anchor))
-        self.curvature = curvature.to(self.engine.device)
+        self.curvature = _on(curvature, self.engine.device)
         self.damping, self.likelihood, self.mask = damping, likelihood, mask
         self.used: Tensor = torch.empty(0)
         self.count = 0
@@ -165,23 +177,10 @@ class _Features:
         require_finite(f, "an output of the model")
         if self.likelihood is not None:
             self.likelihood.mask(f, self.mask)  # raises where no mask is possible
-        v = self._directions(f)
+        v = _directions(f, self.mask)
+        self.used, self.count = v[:, 0].argmax(dim=1), f.shape[1]
         jacobian = {name: x.transpose(0, 1) for name, x in trace.rows(v).items()}
-        return _half(self.curvature, jacobian, self.damping)
-
-    def _directions(self, f: Tensor) -> Tensor:
-        """The unit directions of the outputs in the mask: (K, b, C)."""
-        self.count = f.shape[1]
-        eye = torch.eye(self.count, dtype=accumulator(f.dtype), device=f.device)
-        if self.mask is not None:
-            if self.mask.shape != (self.count,) or not bool(self.mask.any()):
-                raise ValueError(
-                    f"expected a mask of shape ({self.count},) with an output in it, got "
-                    f"{int(self.mask.sum())} outputs of shape {tuple(self.mask.shape)}"
-                )
-            eye = eye[self.mask.to(f.device)]
-        self.used = eye.argmax(dim=1)
-        return eye.unsqueeze(1).expand(-1, len(f), -1)
+        return self.curvature.half(jacobian, self.damping)
 
     def spread(self, small: Tensor) -> Tensor:
         """(..., K, K) -> (..., C, C), zeros outside of the mask."""
@@ -192,28 +191,21 @@ class _Features:
         return out
 
 
-def _shapes(curvature: Curvature) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in curvature.diagonal().items()}
+def _on(curvature: Curvature, device: torch.device) -> Curvature:
+    """The very same where it is there already: it may keep eigenvectors that were computed once."""
+    there = all(value.device == device for value in curvature.state_dict().values())
+    return curvature if there else curvature.to(device)
 
 
-def _half(curvature: Curvature, rows_: Params, damping: float) -> Tensor:
-    """Rows (..., R) with half(u) . half(v) = uᵀ (G + damping I)⁻¹ v."""
-    if isinstance(curvature, Diagonal):
-        smallest = min(float(value.min()) for value in curvature.values.values())
-        require_positive(smallest + damping, damping)
-        parts = []
-        for name, value in curvature.values.items():
-            scaled = rows_[name] * (value + damping).rsqrt()
-            parts.append(scaled.reshape(*scaled.shape[: scaled.ndim - value.ndim], -1))
-        return torch.cat(parts, dim=-1)
-    if isinstance(curvature, Dense):
-        eye = torch.eye(len(curvature.matrix)).to(curvature.matrix)
-        factor, info = torch.linalg.cholesky_ex(curvature.matrix + damping * eye)
-        if int(info):
-            smallest = float(torch.linalg.eigvalsh(curvature.matrix)[0]) + damping
-            require_positive(min(smallest, 0.0), damping)
-        x = torch.cat(
-            [rows_[n].reshape(*rows_[n].shape[:2], -1) for n in curvature.shapes], dim=-1
-        ).to(factor.dtype)
-        return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
-    return curvature.half(rows_, damping)  # type: ignore[attr-defined]
+def _directions(f: Tensor, mask: Tensor | None) -> Tensor:
+    """The unit directions of the outputs in the mask: (K, B, C)."""
+    count = f.shape[1]
+    eye = torch.eye(count, dtype=accumulator(f.dtype), device=f.device)
+    if mask is not None:
+        if mask.shape != (count,) or not bool(mask.any()):
+            raise ValueError(
+                f"expected a mask of shape ({count},) with an output in it, got "
+                f"{int(mask.sum())} outputs of shape {tuple(mask.shape)}"
+            )
+        eye = eye[mask.to(f.device)]
+    return eye.unsqueeze(1).expand(-1, len(f), -1)

@@ -70,6 +70,15 @@ class Likelihood(Protocol):
         ...
 
 
+def require_hessian(likelihood: object, purpose: str) -> None:
+    """Raise TypeError where a likelihood of the user's own has no Hessian."""
+    if not callable(getattr(likelihood, "hessian", None)):
+        raise TypeError(
+            f"{type(likelihood).__name__} has no hessian, which {purpose} needs; give it "
+            "hessian(f), (B, C) -> (B, C, C), and hessian_factor(f), a root of it"
+        )
+
+
 def _beside(f: Tensor, generator: torch.Generator | None) -> Tensor:
     """``f`` on the generator's device: one CPU generator can serve a model anywhere."""
     return f if generator is None else f.to(generator.device)

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..hooks import accumulator
 from ..models import Params, nbytes
-from .base import require_positive, require_same
+from .base import (
+    Shapes,
+    eigh,
+    flatten,
+    log_sum,
+    normal,
+    numel,
+    require_positive,
+    require_rows,
+    require_same,
+    require_samples,
+    require_shapes,
+    require_state,
+    shapes_from_state,
+    shapes_state,
+    sizes,
+    unflatten,
+)
 
 _MATRIX = "dense.matrix"
 _SHAPE = "dense.shape."
@@ -25,10 +42,10 @@ class Dense:
     """
 
     matrix: Tensor
-    shapes: dict[str, torch.Size]
+    shapes: Shapes
 
     def __post_init__(self) -> None:
-        size = sum(shape.numel() for shape in self.shapes.values())
+        size = numel(self.shapes)
         if self.matrix.shape != (size, size):
             raise ValueError(
                 f"expected a matrix of shape ({size}, {size}) for parameters of {size} numbers, "
@@ -38,33 +55,19 @@ class Dense:
     @classmethod
     def zeros_like(cls, params: Mapping[str, Tensor]) -> Dense:
         """No curvature, over these parameters, in float32 or better."""
-        some = next(iter(params.values()))
-        size = sum(p.numel() for p in params.values())
+        some, shapes = next(iter(params.values())), sizes(params)
+        size = numel(shapes)
         matrix = torch.zeros(size, size, dtype=accumulator(some.dtype), device=some.device)
-        return cls(matrix, {name: p.shape for name, p in params.items()})
+        return cls(matrix, shapes)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Dense:
         """Raises CheckpointError where the tensors are not those of a dense curvature."""
-        rest = sorted(key for key in state if key != _MATRIX)
-        if _MATRIX not in state or not all(key.startswith(_SHAPE) for key in rest):
-            raise CheckpointError(
-                f"expected {_MATRIX!r} and keys that start with {_SHAPE!r}, got "
-                f"{sorted(state)[:3]}; this is not a saved Dense curvature"
-            )
-        shapes = {
-            key.removeprefix(_SHAPE).split(".", 1)[1]: torch.Size(state[key].tolist())
-            for key in rest
-        }
-        return cls(state[_MATRIX], shapes)
+        require_state(state, "Dense", [_MATRIX], (_SHAPE,))
+        return cls(state[_MATRIX], shapes_from_state(_SHAPE, state))
 
     def state_dict(self) -> dict[str, Tensor]:
-        # The position is part of the key: a file may give its tensors back in another order.
-        shapes = {
-            f"{_SHAPE}{i:08d}.{name}": torch.tensor(list(shape), dtype=torch.int64)
-            for i, (name, shape) in enumerate(self.shapes.items())
-        }
-        return {_MATRIX: self.matrix, **shapes}
+        return {_MATRIX: self.matrix, **shapes_state(_SHAPE, self.shapes)}
 
     def quad(self, d: Mapping[str, Tensor]) -> Tensor:
         """<d, G d> in nats."""
@@ -78,27 +81,49 @@ class Dense:
     def inverse_mv(self, v: Mapping[str, Tensor], damping: float = 0.0) -> Params:
         """(G + damping I)⁻¹ v by Cholesky; ValueError where it is not positive definite."""
         x = self._flat(v)
-        eye = torch.eye(len(x), dtype=self.matrix.dtype, device=self.matrix.device)
-        damped = self.matrix + damping * eye
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info):
-            # eigvalsh may round a tiny negative eigenvalue up, but Cholesky has failed.
-            require_positive(min(float(torch.linalg.eigvalsh(damped)[0]), 0.0), damping)
+        factor = self._cholesky(damping)
         return self._shaped(torch.cholesky_solve(x.unsqueeze(1), factor).squeeze(1))
 
     def diagonal(self) -> Params:
         return self._shaped(self.matrix.diagonal())
 
+    def inverse_diagonal(self, damping: float = 0.0) -> Params:
+        return self._shaped(torch.cholesky_inverse(self._cholesky(damping)).diagonal())
+
+    def sample(
+        self,
+        damping: float = 0.0,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Params:
+        """Draws of N(0, (G + damping I)⁻¹): name -> (S, *shape)."""
+        require_samples(num_samples, self.shapes, self.matrix)
+        noise = normal((len(self.matrix), num_samples), self.matrix, generator)
+        draws = torch.linalg.solve_triangular(self._cholesky(damping).mT, noise, upper=True)
+        return self._shaped(draws.T)
+
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """log |G + damping I|, from eigenvalues that are computed once."""
+        return log_sum(self._eigenvalues, damping)
+
+    def half(self, rows: Mapping[str, Tensor], damping: float = 0.0) -> Tensor:
+        """Rows (..., *shape) to (..., P)."""
+        require_rows(self.shapes, rows)
+        x = flatten(self.shapes, rows).to(self.matrix.dtype)
+        flat = x.reshape(-1, x.shape[-1]).T
+        root = torch.linalg.solve_triangular(self._cholesky(damping), flat, upper=False)
+        return root.T.reshape(x.shape)
+
+    def dense(self) -> Dense:
+        return self
+
     def __add__(self, other: Dense) -> Dense:
         """Curvatures of independent data add. StaleAnchorError where the parameters differ."""
         if not isinstance(other, Dense):
             return NotImplemented
-        require_same(self.shapes, other.diagonal(), "the curvature to add")
-        if list(self.shapes) == list(other.shapes):
-            return Dense(self.matrix + other.matrix, self.shapes)
-        order = other._shaped(torch.arange(len(other.matrix), device=other.matrix.device))
-        index = torch.cat([order[name].flatten() for name in self.shapes])
-        return Dense(self.matrix + other.matrix[index.unsqueeze(1), index], self.shapes)
+        require_shapes(self.shapes, other.shapes, "the curvature to add")
+        return Dense(self.matrix + other.reordered(self.shapes).matrix, self.shapes)
 
     def __mul__(self, factor: float) -> Dense:
         return Dense(self.matrix * factor, self.shapes)
@@ -114,14 +139,31 @@ class Dense:
     def num_bytes(self) -> int:
         return nbytes(self.matrix)
 
+    def reordered(self, names: Mapping[str, object]) -> Dense:
+        """The same matrix with the parameters in another order."""
+        if list(names) == list(self.shapes):
+            return self
+        order = self._shaped(torch.arange(len(self.matrix), device=self.matrix.device))
+        index = torch.cat([order[name].flatten() for name in names])
+        shapes = {name: self.shapes[name] for name in names}
+        return Dense(self.matrix[index.unsqueeze(1), index], shapes)
+
+    @cached_property
+    def _eigenvalues(self) -> Tensor:
+        return eigh(self.matrix)[0]
+
+    def _cholesky(self, damping: float) -> Tensor:
+        eye = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
+        damped = self.matrix + damping * eye
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info):
+            # eigvalsh may round a tiny negative eigenvalue up, but Cholesky has failed.
+            require_positive(min(float(torch.linalg.eigvalsh(damped)[0]), 0.0), damping)
+        return factor
+
     def _flat(self, v: Mapping[str, Tensor]) -> Tensor:
         require_same(self.shapes, v, "the vector")
-        return torch.cat([v[name].flatten() for name in self.shapes]).to(self.matrix.dtype)
+        return flatten(self.shapes, v).to(self.matrix.dtype)
 
     def _shaped(self, x: Tensor) -> Params:
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = x.split(sizes)
-        return {
-            name: part.reshape(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        return unflatten(self.shapes, x)

@@ -8,10 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..hooks import accumulator
 from ..models import Params, nbytes
-from .base import require_positive, require_same
+from .base import (
+    Shapes,
+    flatten,
+    from_numbered,
+    log_sum,
+    normal,
+    numbered,
+    require_dense,
+    require_positive,
+    require_rows,
+    require_same,
+    require_samples,
+    require_state,
+    sizes,
+)
+from .dense import Dense
 
 _PREFIX = "diagonal."
 
@@ -35,15 +49,15 @@ class Diagonal:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Diagonal:
         """Raises CheckpointError where the tensors are not those of a diagonal curvature."""
-        if not state or not all(key.startswith(_PREFIX) for key in state):
-            raise CheckpointError(
-                f"expected keys that start with {_PREFIX!r}, got {sorted(state)[:3]}; "
-                "this is not a saved Diagonal curvature"
-            )
-        return cls({key.removeprefix(_PREFIX): value for key, value in state.items()})
+        require_state(state, "Diagonal", [], (_PREFIX,))
+        return cls(from_numbered(_PREFIX, state))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {_PREFIX + name: value for name, value in self.values.items()}
+        return numbered(_PREFIX, self.values)
+
+    @property
+    def shapes(self) -> Shapes:
+        return sizes(self.values)
 
     def quad(self, d: Mapping[str, Tensor]) -> Tensor:
         """<d, G d> in nats."""
@@ -59,12 +73,43 @@ class Diagonal:
     def inverse_mv(self, v: Mapping[str, Tensor], damping: float = 0.0) -> Params:
         """(G + damping I)⁻¹ v; ValueError where an entry is not positive."""
         self._require(v)
-        smallest = min(float(value.min()) for value in self.values.values())
-        require_positive(smallest + damping, damping)
-        return {name: v[name] / (value + damping) for name, value in self.values.items()}
+        return {name: v[name] / value for name, value in self._damped(damping).items()}
 
     def diagonal(self) -> Params:
         return dict(self.values)
+
+    def inverse_diagonal(self, damping: float = 0.0) -> Params:
+        return {name: value.reciprocal() for name, value in self._damped(damping).items()}
+
+    def sample(
+        self,
+        damping: float = 0.0,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Params:
+        """Draws of N(0, (G + damping I)⁻¹): name -> (S, *shape)."""
+        require_samples(num_samples, self.shapes, next(iter(self.values.values())))
+        return {
+            name: normal((num_samples, *value.shape), value, generator) * value.rsqrt()
+            for name, value in self._damped(damping).items()
+        }
+
+    def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
+        """log |G + damping I|."""
+        return log_sum(flatten(self.shapes, self.values), damping)
+
+    def half(self, rows: Mapping[str, Tensor], damping: float = 0.0) -> Tensor:
+        """Rows (..., *shape) to (..., P)."""
+        shapes = self.shapes
+        require_rows(shapes, rows)
+        return flatten(shapes, rows) * flatten(shapes, self._damped(damping)).rsqrt()
+
+    def dense(self) -> Dense:
+        shapes = self.shapes
+        flat = flatten(shapes, self.values)
+        require_dense(shapes, flat.element_size(), "keep it diagonal")
+        return Dense(torch.diag(flat), shapes)
 
     def __add__(self, other: Diagonal) -> Diagonal:
         """Curvatures of independent data add. StaleAnchorError where the parameters differ."""
@@ -90,4 +135,9 @@ class Diagonal:
         return nbytes(self.values)
 
     def _require(self, other: Mapping[str, Tensor], what: str = "the vector") -> None:
-        require_same({name: value.shape for name, value in self.values.items()}, other, what)
+        require_same(self.shapes, other, what)
+
+    def _damped(self, damping: float) -> Params:
+        smallest = min(float(value.min()) for value in self.values.values())
+        require_positive(smallest + damping, damping)
+        return {name: value + damping for name, value in self.values.items()}
