@@ -48,8 +48,13 @@ def minimise(
     max_iter: int,
     tolerance: float = 1e-7,
     history: int = 20,
+    factor: Tensor | None = None,
 ) -> tuple[Stacked, Tensor]:
-    """L-BFGS with backtracking, each copy with its own step length; the gradients' norms (K,)."""
+    """L-BFGS with backtracking, each copy with its own step length; the gradients' norms (K,).
+
+    factor: the Cholesky factor (P, P) of a rough Hessian, the same for all copies, from which
+    L-BFGS starts instead of a multiple of I. It changes the path, not where the gradient is 0.
+    """
     shapes = {name: p.shape[1:] for name, p in start.items()}
     sizes = [shape.numel() for shape in shapes.values()]
 
@@ -68,12 +73,16 @@ def minimise(
     value, slope = loss(x)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # s, y, rho; rho = 0 makes a pair inert
     scale = 1 / slope.norm(dim=1, keepdim=True).clamp(min=1.0)
+
+    def start_from(q: Tensor) -> Tensor:
+        return scale * q if factor is None else torch.cholesky_solve(q.T, factor).T
+
     for _ in range(max_iter):
         if float(slope.norm(dim=1).max()) <= tolerance:
             break
-        step = -_inverse_hessian(slope, pairs, scale)
+        step = -_inverse_hessian(slope, pairs, start_from)
         descent = (step * slope).sum(1)
-        step = torch.where((descent < 0).unsqueeze(1), step, -slope * scale)
+        step = torch.where((descent < 0).unsqueeze(1), step, -start_from(slope))
         descent = (step * slope).sum(1)
         length = torch.ones_like(value)
         slack = 1e-14 * value.abs() * len(inputs) ** 0.5  # rounding of the sum
@@ -97,7 +106,9 @@ def minimise(
 
 
 def _inverse_hessian(
-    slope: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], scale: Tensor
+    slope: Tensor,
+    pairs: list[tuple[Tensor, Tensor, Tensor]],
+    start_from: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The two loops of L-BFGS (Nocedal & Wright, algorithm 7.4) on K rows at once."""
     q, alphas = slope, []
@@ -105,7 +116,7 @@ def _inverse_hessian(
         alpha = rho * (s * q).sum(1, keepdim=True)
         alphas.append(alpha)
         q = q - alpha * y
-    q = scale * q
+    q = start_from(q)
     for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
         q = q + s * (alpha - rho * (y * q).sum(1, keepdim=True))
     return q
