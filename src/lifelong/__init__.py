@@ -54,6 +54,13 @@ if TYPE_CHECKING:
     from .prior import Prior
     from .recipe import Recipe
     from .scores import identify
+    from .sensitivity import (
+        SensitivityTrace,
+        group_change,
+        loo_nll,
+        sensitivities,
+        variance_from_optimizer,
+    )
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
@@ -88,6 +95,7 @@ __all__ = [
     "Prior",
     "Recipe",
     "Regulariser",
+    "SensitivityTrace",
     "StaleAnchorError",
     "Task",
     "TaskStream",
@@ -107,9 +115,11 @@ __all__ = [
     "function_covariance",
     "function_kernel",
     "gradient_reconstruction",
+    "group_change",
     "identify",
     "joint",
     "kprior",
+    "loo_nll",
     "lwf",
     "memorise",
     "online_ewc",
@@ -117,9 +127,11 @@ __all__ = [
     "permuted",
     "pseudo_data",
     "rotated",
+    "sensitivities",
     "separate",
     "si",
     "split_by_class",
+    "variance_from_optimizer",
     "weight_decay",
     "widen",
 ]
@@ -170,6 +182,13 @@ _MODULES = {
     "prior": ("Prior",),
     "recipe": ("Recipe",),
     "scores": ("identify",),
+    "sensitivity": (
+        "SensitivityTrace",
+        "group_change",
+        "loo_nll",
+        "sensitivities",
+        "variance_from_optimizer",
+    ),
     "streams": (
         "Task",
         "TaskStream",

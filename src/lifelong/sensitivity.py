@@ -30,13 +30,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from .curvature import Curvature, Diagonal
 from .data import BATCH_SIZE, Data, Head, head_of, num_examples
 from .function_space import function_covariance, function_kernel
 from .hooks import upcast
-from .jacobians import checked, gradient, residual, weighted_batches
+from .jacobians import checked, differentiating, gradient, residual, weighted_batches
 from .likelihoods import Likelihood
 from .models import (
     Inputs,
@@ -291,20 +291,23 @@ def removal(
 def output_shift(model: nn.Module, inputs: Inputs, step: Params) -> Tensor:
     """J step for each example, the change of the linearised output: (B, C).
 
+    A backward pass and one through it: <v, J step> is linear in v, and its slope is J step.
     Raises StaleAnchorError where the model has not the names and shapes of ``step``.
     """
-    params = {name: p.detach() for name, p in match(model, step).items()}
-    tangents = {name: step[name].to(p) for name, p in params.items()}
+    params = {name: p.detach().requires_grad_() for name, p in match(model, step).items()}
     inputs = move(inputs, device_of(model))
-
-    def f(values: Params) -> Tensor:
+    with evaluating(model), differentiating(model):
         if isinstance(inputs, Mapping):
-            return logits(functional_call(model, values, (), dict(inputs)))
-        return logits(functional_call(model, values, (inputs,)))
-
-    with evaluating(model):
-        shift = jvp(f, (params,), (tangents,))[1]
-    return shift.detach()
+            f = logits(functional_call(model, params, (), dict(inputs)))
+        else:
+            f = logits(functional_call(model, params, (inputs,)))
+        v = torch.zeros_like(f, requires_grad=True)
+        pulled = torch.autograd.grad(
+            f, list(params.values()), v, create_graph=True, materialize_grads=True
+        )
+        parts = [(g * step[name].to(g)).sum() for name, g in zip(params, pulled, strict=True)]
+        (shift,) = torch.autograd.grad(torch.stack(parts).sum(), v, materialize_grads=True)
+    return shift
 
 
 def group_change(
