@@ -594,3 +594,28 @@ def test_mean_changes_at_first_order_and_exactly():
     assert not torch.allclose(
         mean_change(CATEGORICAL, f, change), mean_change(CATEGORICAL, f, change, exact=True)
     )
+
+
+def test_copies_are_minimised_as_one_alone_is():
+    """The benchmark's retraining: weight 0 is leaving out, and all end at a gradient of 0."""
+    stacked = pytest.importorskip("benchmarks.stacked", reason="needs the repository")
+    data, model = draw(), nn.Linear(4, 3).double()
+    weights = torch.ones(2, 12).double()
+    weights[0, 5] = 0
+
+    def nll(f: Tensor) -> Tensor:
+        return torch.stack([CATEGORICAL.nll(each, data.labels) for each in f])
+
+    found, slopes = stacked.minimise(
+        model,
+        stacked.stack(model, 2),
+        nll,
+        data.inputs,
+        weights,
+        torch.full((2,), DELTA).double(),
+        max_iter=200,
+    )
+    assert float(slopes.max()) < 1e-7
+    for k, kept in enumerate((without(data, torch.tensor([5])), data)):
+        truth = fit(model, kept, CATEGORICAL)
+        assert torch.allclose(found["weight"][k], truth.weight.detach(), atol=1e-6)
