@@ -22,8 +22,9 @@ settings.register_profile(
 settings.load_profile("lifelong")
 
 
-# Set by pytest, and by torch when the first optimiser is made.
-_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+# Set by pytest, by torch when the first optimiser is made, and by matplotlib where the home folder
+# can't be written.
+_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"}
 
 
 def _global_state() -> dict[str, Any]:

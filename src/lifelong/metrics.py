@@ -206,7 +206,7 @@ def evaluate(
     device = next((p.device for p in model.parameters()), None)
     nll = squared = correct = 0.0
     n = num_predictions = 0
-    bins = _Bins.zeros(NUM_BINS)
+    bins = CalibrationBins.zeros(NUM_BINS)
     with torch.no_grad(), evaluating(model):
         for inputs, y, _ in batches(data, batch_size):
             inputs, y = move(inputs, device), move(y, device)
@@ -244,37 +244,56 @@ def evaluate(
     return Evaluation(math.nan, nll / n, math.nan, math.nan, rmse, n)
 
 
-@dataclass(frozen=True)
-class _Bins:
-    """Sums over the predictions whose confidence lies in (k/K, (k+1)/K]; each is (K,) float64."""
+@dataclass(frozen=True, eq=False)
+class CalibrationBins:
+    """Sums over the predictions whose confidence lies in (k/K, (k+1)/K]; each is (K,) float64.
+
+    count: predictions; confidence: the sum of their probabilities; right: how many were right.
+    """
 
     count: Tensor
     confidence: Tensor
     right: Tensor
 
     @classmethod
-    def zeros(cls, num_bins: int) -> _Bins:
+    def zeros(cls, num_bins: int) -> CalibrationBins:
+        """No predictions yet."""
         return cls(*torch.zeros(3, num_bins, dtype=torch.float64))
 
-    def add(self, confidence: Tensor, right: Tensor) -> _Bins:
+    def add(self, confidence: Tensor, right: Tensor) -> CalibrationBins:
+        """With these predictions too: their confidence in [0, 1] and whether they were right."""
         confidence, right = confidence.flatten().cpu().double(), right.flatten().cpu().double()
         num_bins = len(self.count)
         index = (confidence * num_bins).ceil().long().sub(1).clamp(0, num_bins - 1)
-        return _Bins(
+        return CalibrationBins(
             self.count + torch.bincount(index, minlength=num_bins),
             self.confidence + torch.bincount(index, confidence, num_bins),
             self.right + torch.bincount(index, right, num_bins),
         )
 
+    @property
+    def mean_confidence(self) -> Tensor:
+        """(K,), NaN where a bin is empty."""
+        return self.confidence / self.count
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(K,) the fraction of right predictions, NaN where a bin is empty."""
+        return self.right / self.count
+
     def error(self) -> float:
+        """ECE = sum_k (n_k / N) |accuracy_k - confidence_k| (Guo 2017)."""
         return float((self.right - self.confidence).abs().sum() / self.count.sum())
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
-    """ECE = sum_k (n_k / N) |accuracy_k - confidence_k| over bins of equal width (Guo 2017).
+def calibration_bins(
+    probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS
+) -> CalibrationBins:
+    """Confidence beside accuracy, in bins of equal width: what a reliability diagram shows.
 
-    probabilities: (N, C) of the classes, or (N,) of class 1; labels: (N,) int64. 0 is perfect.
-    Raises ValueError where the shapes do not fit or a probability lies outside of [0, 1].
+    probabilities: (N, C) of the classes, or (N,) of class 1; labels: (N,) int64. The confidence is
+    the probability of the predicted class. Raises ValueError where the shapes do not fit or a
+    probability lies outside of [0, 1].
     """
     if num_bins < 1 or len(probabilities) == 0 or labels.shape != probabilities.shape[:1]:
         raise ValueError(
@@ -287,7 +306,12 @@ def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = NUM
     if probabilities.ndim == 1:
         probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
     confidence, predicted = probabilities.max(-1)
-    return _Bins.zeros(num_bins).add(confidence, predicted == labels).error()
+    return CalibrationBins.zeros(num_bins).add(confidence, predicted == labels)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
+    """ECE (Guo 2017), 0 is perfect; arguments and errors as in ``calibration_bins``."""
+    return calibration_bins(probabilities, labels, num_bins).error()
 
 
 def mean_and_standard_error(values: Iterable[float]) -> tuple[float, float]:
