@@ -100,8 +100,12 @@ def test_a_model_in_training_mode_is_read_in_eval_mode_and_handed_back():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score": "leverage"}, "pass variance=Posterior"),
-        ({"score": "lamda"}, "unknown score 'lamda': expected lambda, leverage, residual, random"),
+        ({"score": "leverage"}, "the leverage score needs .* pass variance=Posterior"),
+        ({"score": "sensitivity"}, "the sensitivity score needs .* pass variance=Posterior"),
+        (
+            {"score": "lamda"},
+            "unknown score 'lamda': expected lambda, leverage, residual, sensitivity, ",
+        ),
         ({"score": lambda f, y: f}, r"one number for each of the 11 examples, got shape \(11, 4\)"),
         ({"head": (0, 1)}, r"labels \[2, 3\] lie outside of the head"),
         ({"head": (0, 9)}, "the head names classes 0 to 9, but the model has 4 outputs"),

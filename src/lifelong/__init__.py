@@ -59,6 +59,13 @@ if TYPE_CHECKING:
     from .prior import Prior
     from .recipe import Recipe
     from .scores import identify
+    from .sensitivity import (
+        SensitivityTrace,
+        group_change,
+        loo_nll,
+        sensitivities,
+        variance_from_optimizer,
+    )
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
     from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -97,6 +104,7 @@ __all__ = [
     "Prior",
     "Recipe",
     "Regulariser",
+    "SensitivityTrace",
     "StaleAnchorError",
     "Task",
     "TaskStream",
@@ -120,12 +128,14 @@ __all__ = [
     "function_kernel",
     "gaussian_posterior",
     "gradient_reconstruction",
+    "group_change",
     "identify",
     "isotropic_curvature",
     "joint",
     "kprior",
     "kronecker_curvature",
     "low_rank_curvature",
+    "loo_nll",
     "lwf",
     "memorise",
     "online_ewc",
@@ -133,9 +143,11 @@ __all__ = [
     "permuted",
     "pseudo_data",
     "rotated",
+    "sensitivities",
     "separate",
     "si",
     "split_by_class",
+    "variance_from_optimizer",
     "weight_decay",
     "widen",
 ]
@@ -191,6 +203,13 @@ _MODULES = {
     "prior": ("Prior",),
     "recipe": ("Recipe",),
     "scores": ("identify",),
+    "sensitivity": (
+        "SensitivityTrace",
+        "group_change",
+        "loo_nll",
+        "sensitivities",
+        "variance_from_optimizer",
+    ),
     "streams": (
         "Task",
         "TaskStream",

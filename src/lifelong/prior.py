@@ -467,7 +467,7 @@ class Prior:
         batch_size: int,
     ) -> Params | None:
         """Sigma, where the score needs it."""
-        if self.recipe.score != "leverage":
+        if self.recipe.score not in ("leverage", "sensitivity"):
             return None
         with evaluating(model):
             new = diagonal_curvature(

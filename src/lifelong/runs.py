@@ -39,12 +39,13 @@ from .metrics import mean_and_standard_error
 from .models import nbytes
 from .presets import PRESETS
 from .prior import Prior
+from .scores import ScoreName
 from .streams import TaskStream
 
 FORMAT = 1
 CONFIG, TOML, VERSIONS, LOG = "config.json", "config.toml", "versions.json", "log.txt"
 ACCURACY, RESULT = "accuracy.json", "result.json"
-_SCORES = ("lambda", "leverage", "residual", "random", "k_centre")
+_SCORES = (*get_args(ScoreName), "k_centre")
 
 
 @dataclass(frozen=True)
