@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
+import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -619,3 +621,19 @@ def test_copies_are_minimised_as_one_alone_is():
     for k, kept in enumerate((without(data, torch.tensor([5])), data)):
         truth = fit(model, kept, CATEGORICAL)
         assert torch.allclose(found["weight"][k], truth.weight.detach(), atol=1e-6)
+
+
+def test_the_benchmark_runs_in_small(tmp_path):
+    bench = pytest.importorskip("benchmarks.sensitivity", reason="needs the repository")
+    config, log = replace(bench.SMOKE, networks=("linear",)), bench.Log()
+    result = bench.run(config, None, log)
+    bench.write(tmp_path, config, result, log)
+    case = result["correlation"]["digits, linear"]
+    assert case["largest_gradient_norm_retrained"] < 1e-6
+    assert case["estimates"]["dense, exact"]["pearson_output"] > 0.99
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json",
+        "versions.json",
+        "result.json",
+        "log.txt",
+    }
