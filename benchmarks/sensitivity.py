@@ -6,7 +6,8 @@
    their estimates. The full solution and all retrained copies are minimised to a gradient near 0
    by the same L-BFGS, the copies from the full solution; one more copy with nothing left out is the
    control, and deviations are differences to it.
-2. precision: the leave-one-out loss and the test loss over a grid of prior precisions delta.
+2. precision: the leave-one-out loss and the test loss over a grid of prior precisions delta, on
+   five splits of the data and for the mean curves over them.
 3. mislabelled: a share of digits gets a wrong label; which score finds them?
 
 Softmax regression and an MLP with one hidden layer of tanh, float64, loss sum_i nll + delta/2
@@ -49,9 +50,9 @@ class Config:
     networks: tuple[str, ...] = ("linear", "mlp")
     hidden: int = 32
     num_train: int = 1000  # of MNIST; digits has 1,347
-    seed: int = 0
     deltas: tuple[float, ...] = tuple(10 ** (k / 3) for k in range(-6, 7))
     grid_iter: int = 500
+    splits: tuple[int, ...] = tuple(range(5))  # of part 2; the first is that of part 1
     left_out: int = 120
     fit_rounds: int = 15  # of 200 iterations, the curvature taken again before each
     retrain_iter: int = 300
@@ -69,6 +70,7 @@ SMOKE = Config(
     num_train=60,
     deltas=(1.0, 10.0),
     grid_iter=30,
+    splits=(0, 1),
     left_out=3,
     fit_rounds=2,
     retrain_iter=30,
@@ -169,37 +171,70 @@ def over_deltas(
     return Grid(params, slopes, exact, first)
 
 
-def precision(split: Split, model: nn.Module, config: Config, log: Log) -> tuple[dict, float, int]:
-    """Part 2: the two curves, and how many steps of the grid their minima are apart."""
-    grid = over_deltas(model, split.x, split.y, config.deltas, config.grid_iter)
-    with torch.no_grad():
-        losses = nll(split.y)(stacked.outputs(model, grid.params, split.x)).mean(1)
-        test = nll(split.test_y)(stacked.outputs(model, grid.params, split.test_x)).mean(1)
-    best, best_test = grid.loo.index(min(grid.loo)), int(test.argmin())
+def precision(
+    name: str, kind: str, config: Config, data: Path | None, log: Log
+) -> tuple[dict, float, nn.Module]:
+    """Part 2: the two curves, and how many steps of the grid their minima are apart.
+
+    On each split of the data, and for the mean curves over the splits. What is returned besides
+    is the first split's choice, and the network that was fitted there with it.
+    """
+    found, first = [], None
+    for seed in config.splits:
+        split = read(name, config, data, seed)
+        model = network(kind, split.x.shape[1], config, seed)
+        grid = over_deltas(model, split.x, split.y, config.deltas, config.grid_iter)
+        with torch.no_grad():
+            losses = nll(split.y)(stacked.outputs(model, grid.params, split.x)).mean(1)
+            test = nll(split.test_y)(stacked.outputs(model, grid.params, split.test_x)).mean(1)
+        curves = {
+            "loo_nll": grid.loo,
+            "loo_nll_first_order": grid.first_order,
+            "test_nll": test.tolist(),
+            "train_nll": losses.tolist(),
+            "gradient_norm": grid.slopes.tolist(),
+        }
+        found.append({"seed": seed, **curves, **_minima(curves, config.deltas)})
+        log(f"  split {seed}: {_told(found[-1])}")
+        if first is None:
+            first = found[-1]["chosen"], model
+            stacked.load(model, grid.params, config.deltas.index(found[-1]["chosen"]))
+    if first is None:
+        raise SystemExit("part 2 needs at least one split")
+    names = ("loo_nll", "loo_nll_first_order", "test_nll", "train_nll")
+    means = {curve: torch.tensor([one[curve] for one in found]).mean(0).tolist() for curve in names}
     result = {
         "delta": list(config.deltas),
-        "loo_nll": grid.loo,
-        "loo_nll_first_order": grid.first_order,
-        "test_nll": test.tolist(),
-        "train_nll": losses.tolist(),
-        "gradient_norm": grid.slopes.tolist(),
-        "chosen": config.deltas[best],
-        "best_on_test": config.deltas[best_test],
-        "steps_apart": abs(best - best_test),
-        "steps_apart_first_order": abs(
-            grid.first_order.index(min(grid.first_order)) - best_test
-        ),
-        "test_nll_at_chosen": float(test[best]),
-        "test_nll_at_best": float(test[best_test]),
-    }  # fmt: skip
-    log(
-        f"  delta by leave-one-out {config.deltas[best]:.3g} (first order "
-        f"{result['steps_apart_first_order']} steps off), by test {config.deltas[best_test]:.3g}: "
-        f"{result['steps_apart']} steps apart; test nll {test[best]:.4f} against "
-        f"{test[best_test]:.4f}"
+        **means,
+        **_minima(means, config.deltas),
+        "splits": found,
+    }
+    log(f"  mean of {len(found)} splits: {_told(result)}")
+    return result, *first
+
+
+def _minima(curves: dict[str, Any], deltas: tuple[float, ...]) -> dict[str, Any]:
+    loo, first, test = (
+        curves[name].index(min(curves[name]))
+        for name in ("loo_nll", "loo_nll_first_order", "test_nll")
     )
-    stacked.load(model, grid.params, best)
-    return result, config.deltas[best], best
+    return {
+        "chosen": deltas[loo],
+        "best_on_test": deltas[test],
+        "steps_apart": abs(loo - test),
+        "steps_apart_first_order": abs(first - test),
+        "test_nll_at_chosen": curves["test_nll"][loo],
+        "test_nll_at_best": curves["test_nll"][test],
+    }
+
+
+def _told(found: dict[str, Any]) -> str:
+    return (
+        f"delta by leave-one-out {found['chosen']:.3g} (first order "
+        f"{found['steps_apart_first_order']} steps off), by test {found['best_on_test']:.3g}: "
+        f"{found['steps_apart']} steps apart; test nll {found['test_nll_at_chosen']:.4f} against "
+        f"{found['test_nll_at_best']:.4f}"
+    )
 
 
 def correlation(
@@ -395,15 +430,15 @@ def run(config: Config, data: Path | None, log: Log) -> dict:
     """The three parts; ``planted_seeds=()`` leaves out the third, ``datasets=()`` the others."""
     result: dict[str, Any] = {"correlation": {}, "precision": {}, "mislabelled": {}}
     for name in config.datasets:
-        split = read(name, config, data, config.seed)
         for kind in config.networks:
             case = f"{name}, {kind}"
             log(case)
-            model = network(kind, split.x.shape[1], config, config.seed)
-            result["precision"][case], delta, _ = precision(split, model, config, log)
-            result["correlation"][case] = correlation(
-                split, model, delta, config, config.seed, log
-            )  # fmt: skip
+            result["precision"][case], delta, model = precision(name, kind, config, data, log)
+            if config.left_out:
+                split = read(name, config, data, config.splits[0])
+                result["correlation"][case] = correlation(
+                    split, model, delta, config, config.splits[0], log
+                )
     for kind in config.networks if config.planted_seeds else ():
         log(f"digits with wrong labels, {kind}")
         result["mislabelled"][kind] = mislabelled(kind, config, log)
@@ -434,6 +469,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--datasets", nargs="*", help="of parts 1 and 2: digits, mnist, or none")
     parser.add_argument("--networks", nargs="+", help="linear, mlp; default both")
+    parser.add_argument("--no-retraining", action="store_true", help="leave out part 1")
     parser.add_argument("--no-mislabelled", action="store_true", help="leave out part 3")
     parser.add_argument("--smoke", action="store_true", help="seconds; the numbers mean nothing")
     options = parser.parse_args()
@@ -442,6 +478,7 @@ def main() -> None:
         whole,
         datasets=whole.datasets if options.datasets is None else tuple(options.datasets),
         networks=tuple(options.networks or whole.networks),
+        left_out=0 if options.no_retraining else whole.left_out,
         planted_seeds=() if options.no_mislabelled else whole.planted_seeds,
     )
     torch.set_num_threads(1)
