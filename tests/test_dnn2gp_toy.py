@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks import dnn2gp_toy
 
-RECORDS = sorted((Path(dnn2gp_toy.__file__).parent / "results").glob("*_dnn2gp-toy"))
+RECORDS = sorted((Path(dnn2gp_toy.__file__).parent / "results").glob("*_dnn2gp-toy*"))
 
 
 def test_the_small_setting_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
