@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -26,7 +26,15 @@ from lifelong import (
     StaleAnchorError,
     hooks,
 )
-from lifelong.curvature import BlockDiagonal, Isotropic, Kronecker, LowRank
+from lifelong.curvature import (
+    BlockDiagonal,
+    Isotropic,
+    Kronecker,
+    LowRank,
+    Structure,
+    estimate,
+    structure_of,
+)
 from lifelong.models import parameters
 from lifelong.testing.reference import flatten, ggn, jacobian, minimise
 
@@ -91,6 +99,29 @@ def test_as_a_prior_it_is_minus_its_log_density(structure):
 
 
 # -------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("structure", get_args(Structure))
+def test_an_update_of_it_as_a_prior_adds_curvature_of_its_structure(structure):
+    posterior = Posterior.laplace(
+        net(), data(), Categorical(), prior_precision=DELTA, structure=structure
+    )
+    prior = posterior.as_prior(Categorical())
+    assert prior.recipe.structure == structure
+    model, more = net(), Examples(data().inputs.flip(0), data().labels)
+    updated = prior.update(model, more)
+    again = estimate(model, more, Categorical(), structure=structure)
+    assert torch.allclose(
+        updated.weight.curvature.dense().matrix, (posterior.curvature + again).dense().matrix
+    )
+
+
+def test_a_curvature_of_ones_own_has_no_estimator():
+    class Own:
+        shapes: ClassVar = {}
+
+    with pytest.raises(TypeError, match="no estimator makes a Own"):
+        structure_of(Own())
 
 
 def points(n: int = 4) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks
-from .curvature import Curvature, Dense, Estimator, Structure, estimate
+from .curvature import Curvature, Estimator, Structure, estimate, structure_of
 from .curvature.base import require_same
 from .data import BATCH_SIZE, Data, Head
 from .function_space import function_covariance
@@ -324,11 +324,12 @@ class Posterior:
     def as_prior(self, likelihood: Likelihood) -> Prior:
         """-log N(theta; mean, precision⁻¹) up to a constant: online Laplace's prior.
 
-        It holds a curvature of any structure; what an update adds is diagonal, or dense to dense,
-        so a prior of another structure is one to learn under, not to update.
+        Its updates add curvature of the same structure. Raises TypeError for a curvature of the
+        user's own, which no estimator makes.
         """
-        structure = "dense" if isinstance(self.curvature, Dense) else "diagonal"
-        recipe = Recipe("online_laplace", structure=structure, gradient="anchored")
+        recipe = Recipe(
+            "online_laplace", structure=structure_of(self.curvature), gradient="anchored"
+        )
         pulled = {n: -self.prior_precision * m for n, m in self.mean.items()}
         terms = (Regulariser(self.prior_precision), WeightTerm(self.mean, pulled, self.curvature))
         return Prior(likelihood, recipe, terms, num_tasks=1)

@@ -46,7 +46,34 @@ __all__ = [
     "isotropic_curvature",
     "kronecker_curvature",
     "low_rank_curvature",
+    "structure_of",
 ]
+
+
+def structure_of(curvature: Curvature) -> Structure:
+    """The name under which ``estimate`` makes a curvature that can be added to this one.
+
+    Raises TypeError for a structure of the user's own.
+    """
+    blocks = curvature.blocks if isinstance(curvature, BlockDiagonal) else (curvature,)
+    names: dict[type, Structure] = {
+        EigenKronecker: "eigen_kronecker",
+        Kronecker: "kronecker",
+        LowRank: "low_rank",
+        Isotropic: "isotropic",
+    }
+    for kind, name in names.items():
+        if any(isinstance(block, kind) for block in blocks):
+            return name
+    if isinstance(curvature, BlockDiagonal):
+        return "block"
+    if isinstance(curvature, Diagonal):
+        return "diagonal"
+    if isinstance(curvature, Dense):
+        return "dense"
+    raise TypeError(
+        f"no estimator makes a {type(curvature).__name__}; expected a curvature of this library"
+    )
 
 
 def from_state_dict(state: Mapping[str, Tensor]) -> Curvature:
