@@ -11,7 +11,8 @@ Both optimisers have a grid of six settings. The one with the lowest nll on a va
 the training data is trained again on all of it, with five other seeds; test data are read once,
 at the end. Both have the same epochs, batches, cosine schedule and initial weights. IVON takes one
 sample a step and predicts by the mean of the probabilities at 64 draws ("ivon"), or by the mean
-weights ("ivon@mean"); its ess is the number of training examples.
+weights ("ivon@mean"); which of the two is chosen with the setting ("ivon, as chosen"). Its ess is
+the number of training examples.
 """
 
 from __future__ import annotations
@@ -220,22 +221,28 @@ def select_and_test(
     case: Case,
     log: Log,
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {"selection": {}, "chosen": {}, "seeds": {}, "seconds": {}}
+    record: dict[str, Any] = {
+        key: {} for key in ("selection", "chosen", "predicts", "seeds", "seconds")
+    }
     for kind, values in (("adam", case.adam), ("ivon", case.ivon)):
         tried = []
         for setting in grid(values):
-            found = [
-                once(kind, setting, validation, case, seed)[kind] for seed in case.selection_seeds
-            ]
-            tried.append({"setting": setting, **mean_of(found)})
-            log(f"{kind} {setting} on validation: {_line(tried[-1])}")
+            found = [once(kind, setting, validation, case, seed) for seed in case.selection_seeds]
+            for name in found[0]:
+                means = mean_of([f[name] for f in found])
+                tried.append({"setting": setting, "predicts": name, **means})
+                log(f"{name} {setting} on validation: {_line(tried[-1])}")
         best = min(tried, key=lambda t: t["nll"] if math.isfinite(t["nll"]) else math.inf)
-        record["selection"][kind], record["chosen"][kind] = tried, best["setting"]
-        log(f"{kind}: chosen {best['setting']}")
+        record["selection"][kind] = tried
+        record["chosen"][kind], record["predicts"][kind] = best["setting"], best["predicts"]
+        log(f"{kind}: chosen {best['setting']}, {best['predicts']}")
     for kind, setting in record["chosen"].items():
         start = time.perf_counter()
         for seed in case.seeds:
-            for name, values in once(kind, setting, final, case, seed).items():
+            found = once(kind, setting, final, case, seed)
+            if len(found) > 1:
+                found[f"{kind}, as chosen"] = found[record["predicts"][kind]]
+            for name, values in found.items():
                 record["seeds"].setdefault(name, []).append(values)
                 log(f"{name} seed {seed} on test: {_line(values)}")
         record["seconds"][kind] = (time.perf_counter() - start) / len(case.seeds)
