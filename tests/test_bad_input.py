@@ -410,3 +410,32 @@ def test_a_kernel_that_is_not_positive_says_which_jitter_would_do():
     message = "not positive definite with jitter=0.5; its smallest eigenvalue is -1, so jitter=2 wo"
     with pytest.raises(ValueError, match=message):
         _inverse(kernel, 0.5)
+
+
+@pytest.mark.parametrize("given", [Categorical, "categorical", None])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda given: lifelong.kprior(given),
+        lambda given: diagonal_curvature(mlp(), DATA, given),
+        lambda given: lifelong.kronecker_curvature(mlp(), DATA, given),
+        lambda given: lifelong.identify(mlp(), DATA, given),
+        lambda given: lifelong.Posterior.laplace(mlp(), DATA, given, prior_precision=1.0),
+    ],
+    ids=["prior", "diagonal", "kronecker", "identify", "posterior"],
+)
+def test_what_is_no_likelihood(use, given):
+    hint = "; add the parentheses" if given is Categorical else ""
+    with pytest.raises(
+        TypeError, match=r"expected a likelihood such as Categorical\(\), got .*" + hint
+    ):
+        use(given)
+
+
+def test_a_repr_tells_what_it_is_and_not_all_of_its_numbers():
+    prior = lifelong.kprior(Categorical(), memory=4).update(mlp(), DATA)
+    assert repr(prior).startswith("Prior(kprior, Categorical(), 12 examples in 1 tasks, 4 remem")
+    assert repr(prior.memory) == f"Memory(4 examples, {prior.memory.num_bytes:,} bytes)"
+    posterior = lifelong.Posterior.laplace(mlp(), DATA, Categorical(), prior_precision=0.5)
+    assert repr(posterior.curvature) == "Diagonal(39 parameters, 156 bytes)"
+    assert repr(posterior) == "Posterior(Diagonal(39 parameters, 156 bytes), prior_precision=0.5)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -189,8 +190,8 @@ def test_errors(monkeypatch):
         GaussianProcess.fit(net(), data, Categorical(), prior_precision=0)
     with pytest.raises(NotRepeatableError, match="training mode"):
         pseudo_data(net(nn.Dropout(0.5)), data, Categorical())
-    lacking: Any = object()
-    with pytest.raises(TypeError, match="object has no hessian, which DNN2GP needs; give it"):
+    lacking: Any = SimpleNamespace(residual=None)
+    with pytest.raises(TypeError, match="has no hessian, which DNN2GP needs; give it"):
         pseudo_data(net(), data, lacking)
     monkeypatch.setattr(dnn2gp, "_LIMIT", 8 * 30**2)
     with pytest.raises(ValueError, match="12 examples and 3 outputs.*10 examples fit; Posterior"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -413,11 +414,11 @@ def test_errors_of_predictions():
     for method in ("glm", "mc", "mean"):
         with pytest.raises(NonFiniteError, match="an output of the model"):
             posterior.predictive(net(), x * float("inf"), Categorical(), method=method)
-    lacking: Any = object()
-    with pytest.raises(TypeError, match="object has no hessian, which the label's covariance"):
+    lacking: Any = SimpleNamespace(residual=None)
+    with pytest.raises(TypeError, match="has no hessian, which the label's covariance"):
         posterior.predictive(net(), x, lacking)
     with pytest.raises(
-        TypeError, match="object has no hessian_factor or hessian, which estimator='exact'"
+        TypeError, match="SimpleNamespace has no hessian_factor or hessian, which estimator='exact'"
     ):
         Posterior.laplace(net(), data(), lacking, prior_precision=1.0)
 

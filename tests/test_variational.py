@@ -866,7 +866,12 @@ def test_what_gaussian_posterior_refuses() -> None:
 def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(["digits", "chain", "--smoke", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result["digits"]["summary"]) == {"adam", "ivon", "ivon@mean"}
+    assert set(result["digits"]["summary"]) == {
+        "adam",
+        "ivon",
+        "ivon@mean",
+        "ivon, as chosen",
+    }
     assert set(result["chain"]["seeds"]["ivon"][0]) > {"accuracy", "nll", "ece", "first_task"}
     assert "digits ivon: accuracy" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--data"):

@@ -23,7 +23,7 @@ from . import hooks
 from .data import BATCH_SIZE, Data, batches, head_mask, head_of
 from .errors import NotRepeatableError
 from .hooks import PROBE_ROWS, Engine, Outer, Trace, accumulator, output_vjp, upcast
-from .likelihoods import Likelihood
+from .likelihoods import Likelihood, require_likelihood
 from .models import (
     Inputs,
     ParamFilter,
@@ -272,7 +272,11 @@ def weighted_batches(
 def checked(
     likelihood: Likelihood, f: Tensor, batch: WeightedBatch
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels and head mask of a batch whose outputs are finite and whose labels fit."""
+    """Labels and head mask of a batch whose outputs are finite and whose labels fit.
+
+    Raises TypeError for what is no likelihood.
+    """
+    require_likelihood(likelihood)
     if f.ndim != 2:
         raise ValueError(f"expected outputs of shape (B, C), got {tuple(f.shape)}")
     require_finite(f, f"an output of the model in batch {batch.number}")

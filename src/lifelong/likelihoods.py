@@ -70,8 +70,21 @@ class Likelihood(Protocol):
         ...
 
 
+def require_likelihood(likelihood: object) -> None:
+    """Raise TypeError for what is no likelihood, such as a class without its parentheses.
+
+    One of the user's own need not have all: the empirical Fisher asks for the residual alone.
+    """
+    if isinstance(likelihood, type) or not hasattr(likelihood, "residual"):
+        raise TypeError(
+            f"expected a likelihood such as Categorical(), got {likelihood!r}"
+            + ("; add the parentheses" if isinstance(likelihood, type) else "")
+        )
+
+
 def require_hessian(likelihood: object, purpose: str) -> None:
-    """Raise TypeError where a likelihood of the user's own has no Hessian."""
+    """Raise TypeError where a likelihood of the user's own has no Hessian, or is none."""
+    require_likelihood(likelihood)
     if not callable(getattr(likelihood, "hessian", None)):
         raise TypeError(
             f"{type(likelihood).__name__} has no hessian, which {purpose} needs; give it "

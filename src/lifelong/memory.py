@@ -24,7 +24,7 @@ from .models import Inputs, Params, concat, device_of, evaluating, forward, move
 from .scores import Score, outputs, score_batch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Memory:
     """M remembered examples. Frozen: every change makes a new one.
 
@@ -47,6 +47,9 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Memory({len(self):,} examples, {self.num_bytes:,} bytes)"
 
     def __getitem__(self, index: Tensor | slice) -> Memory:
         """The items ``index``, in that order."""

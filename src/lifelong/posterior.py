@@ -24,7 +24,7 @@ from .data import BATCH_SIZE, Data, Head
 from .function_space import function_covariance
 from .hooks import upcast
 from .jacobians import checked, require_deterministic_mode, weighted_batches
-from .likelihoods import Gaussian, Likelihood, require_hessian
+from .likelihoods import Gaussian, Likelihood, require_hessian, require_likelihood
 from .models import (
     Inputs,
     Params,
@@ -76,7 +76,7 @@ class Fit:
         return -0.5 * squares / noise_sd**2 - normaliser, (old / noise_sd) ** 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """N(mean, (curvature + prior_precision I)⁻¹), in nats of the data that curvature sums over.
 
@@ -96,6 +96,9 @@ class Posterior:
                 f"prior_precision must be positive, got {self.prior_precision}: without it the "
                 "weights that the data do not see have infinite variance"
             )
+
+    def __repr__(self) -> str:
+        return f"Posterior({self.curvature!r}, prior_precision={self.prior_precision:.4g})"
 
     @classmethod
     def laplace(
@@ -117,9 +120,11 @@ class Posterior:
         curvature: of these data at these weights, in any structure, where it is at hand; structure
         and estimator are then not used.
 
-        Raises ValueError for another structure, TypeError for a likelihood without a Hessian,
+        Raises ValueError for another structure, TypeError for what is no likelihood or one without
+        a Hessian,
         StaleAnchorError for a curvature of other parameters; else as ``diagonal_curvature``.
         """
+        require_likelihood(likelihood)
         over = Pass(model, data, likelihood, head, generator, batch_size)
         if curvature is None:
             curvature = estimate(

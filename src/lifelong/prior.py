@@ -34,7 +34,7 @@ from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
 from .errors import StaleAnchorError
-from .likelihoods import Bernoulli, Categorical, Likelihood
+from .likelihoods import Bernoulli, Categorical, Likelihood, require_likelihood
 from .memory import Memory, memorise
 from .models import (
     Inputs,
@@ -64,8 +64,10 @@ from .terms import (
 )
 from .terms import to as move_term
 
+_IN_MEMORY = (MemoryTerm, KernelTerm)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prior:
     """A sum of terms in nats, and the recipe that remakes them.
 
@@ -83,11 +85,16 @@ class Prior:
     heads: tuple[Head | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.likelihood, type) or not isinstance(self.likelihood, Likelihood):
-            raise TypeError(
-                f"expected a likelihood such as Categorical(), got {self.likelihood!r}"
-                + ("; add the parentheses" if isinstance(self.likelihood, type) else "")
-            )
+        require_likelihood(self.likelihood)
+
+    def __repr__(self) -> str:
+        """What it is of and how large, and not all of its numbers."""
+        remembered = sum(len(t.memory) for t in self.terms if isinstance(t, _IN_MEMORY))
+        return (
+            f"Prior({self.recipe.name}, {self.likelihood!r}, "
+            f"{self.num_data:,} examples in {self.num_tasks} tasks, {remembered:,} remembered, "
+            f"{self.num_bytes:,} bytes)"
+        )
 
     # ---------------------------------------------------------------- value
 
@@ -168,7 +175,7 @@ class Prior:
         return complete(self.terms)
 
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
-        held = [t for t in self.terms if isinstance(t, (MemoryTerm, KernelTerm)) and len(t.memory)]
+        held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
         return [(term, term.draw(n, generator)) for term in held]
 
     def _function_space(self, f: Tensor, drawn: list[tuple[Any, Any]]) -> Tensor:
@@ -203,7 +210,7 @@ class Prior:
     @property
     def memory(self) -> Memory | None:
         """All remembered examples, or None."""
-        held = [t.memory for t in self.terms if isinstance(t, (MemoryTerm, KernelTerm))]
+        held = [t.memory for t in self.terms if isinstance(t, _IN_MEMORY)]
         merged = None
         for memory in held:
             merged = memory if merged is None else merged.add(memory)
@@ -644,7 +651,7 @@ class Prior:
 
 def terms_width(terms: Terms) -> set[int]:
     """The numbers of outputs that the remembered beliefs are about."""
-    held = [t for t in terms if isinstance(t, (MemoryTerm, KernelTerm))]
+    held = [t for t in terms if isinstance(t, _IN_MEMORY)]
     return {t.memory.reference.shape[1] for t in held}
 
 

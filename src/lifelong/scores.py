@@ -24,7 +24,7 @@ from .curvature import Curvature
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of
 from .function_space import function_covariance
 from .jacobians import leverage
-from .likelihoods import Likelihood
+from .likelihoods import Likelihood, require_likelihood
 from .models import Params, device_of, evaluating, forward, require_finite
 
 ScoreName = Literal["lambda", "leverage", "residual", "sensitivity", "random"]
@@ -103,7 +103,8 @@ def _covariance(
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: Batch, likelihood: Likelihood, mask: Tensor | None) -> Tensor:
-    """Masked outputs (B, C) of one batch, after checking them and the labels."""
+    """Masked outputs (B, C) of one batch, after checking them, the labels and the likelihood."""
+    require_likelihood(likelihood)
     f = forward(model, batch.inputs)
     f = f.float() if f.dtype in (torch.bfloat16, torch.float16) else f
     require_finite(f, "the model's output")
@@ -129,8 +130,8 @@ def identify(
     leverage and sensitivity need Sigma: variance, its diagonal, or curvature and damping, Sigma =
     (G + damping I)⁻¹, which wins where both are given.
 
-    Raises ValueError for labels outside of the head and for scores that do not exist,
-    NonFiniteError for outputs that are NaN or infinite.
+    Raises TypeError for what is no likelihood, ValueError for labels outside of the head and for
+    scores that do not exist, NonFiniteError for outputs that are NaN or infinite.
     """
     head, parts = head_of(data, head), []
     with evaluating(model):

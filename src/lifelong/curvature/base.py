@@ -183,6 +183,21 @@ def require_state(
         )
 
 
+class _Sized(Protocol):
+    @property
+    def shapes(self) -> Shapes: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+def describe(curvature: _Sized) -> str:
+    """Its repr: how many parameters, in how many bytes, and not all of its numbers."""
+    count = sum(shape.numel() for shape in curvature.shapes.values())
+    name = type(curvature).__name__
+    return f"{name}({count:,} parameters, {curvature.num_bytes:,} bytes)"
+
+
 # --- guards -------------------------------------------------------------------------------------
 
 

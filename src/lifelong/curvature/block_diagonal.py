@@ -12,6 +12,7 @@ from ..models import Params
 from .base import (
     Curvature,
     Shapes,
+    describe,
     require_dense,
     require_rows,
     require_same,
@@ -24,7 +25,7 @@ from .kronecker import EigenKronecker, Kronecker
 PREFIX = "block_diagonal."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockDiagonal:
     """G = ⊕_b G_b: curvatures of any structure over disjoint parameters.
 
@@ -45,6 +46,9 @@ class BlockDiagonal:
                 if twice
                 else "expected at least one block"
             )
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -13,6 +13,7 @@ from ..hooks import accumulator
 from ..models import Params, nbytes
 from .base import (
     Shapes,
+    describe,
     eigh,
     flatten,
     log_sum,
@@ -34,7 +35,7 @@ _MATRIX = "dense.matrix"
 _SHAPE = "dense.shape."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense:
     """G = matrix, (P, P). shapes: name -> shape; parameters are flattened in that order.
 
@@ -65,6 +66,9 @@ class Dense:
         """Raises CheckpointError where the tensors are not those of a dense curvature."""
         require_state(state, "Dense", [_MATRIX], (_SHAPE,))
         return cls(state[_MATRIX], shapes_from_state(_SHAPE, state))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {_MATRIX: self.matrix, **shapes_state(_SHAPE, self.shapes)}

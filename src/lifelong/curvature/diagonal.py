@@ -12,6 +12,7 @@ from ..hooks import accumulator
 from ..models import Params, nbytes
 from .base import (
     Shapes,
+    describe,
     flatten,
     from_numbered,
     log_sum,
@@ -30,7 +31,7 @@ from .dense import Dense
 _PREFIX = "diagonal."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Diagonal:
     """G = diag(values). values: name -> tensor in the parameter's shape, float32 or better."""
 
@@ -51,6 +52,9 @@ class Diagonal:
         """Raises CheckpointError where the tensors are not those of a diagonal curvature."""
         require_state(state, "Diagonal", [], (_PREFIX,))
         return cls(from_numbered(_PREFIX, state))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return numbered(_PREFIX, self.values)

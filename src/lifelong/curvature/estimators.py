@@ -33,7 +33,7 @@ from ..jacobians import (
     residual,
     weighted_batches,
 )
-from ..likelihoods import Likelihood
+from ..likelihoods import Likelihood, require_likelihood
 from ..models import take
 from .base import Curvature, eigh, unflatten
 from .block_diagonal import BlockDiagonal
@@ -434,7 +434,8 @@ def _directions(
 
 
 def _require_methods(likelihood: Likelihood, estimator: Estimator) -> None:
-    """Raise TypeError where the likelihood lacks what the estimator needs."""
+    """Raise TypeError where the likelihood lacks what the estimator needs, or is none."""
+    require_likelihood(likelihood)
     needs = {"exact": ("hessian_factor", "hessian"), "mc": ("sample",)}.get(estimator, ())
     if needs and not any(callable(getattr(likelihood, name, None)) for name in needs):
         raise TypeError(

@@ -12,6 +12,7 @@ from ..hooks import accumulator
 from ..models import Params, nbytes
 from .base import (
     Shapes,
+    describe,
     flatten,
     log_sum,
     normal,
@@ -33,7 +34,7 @@ _VALUE = "isotropic.value"
 _SHAPE = "isotropic.shape."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Isotropic:
     """G = value I. value: a scalar tensor; shapes: name -> shape.
 
@@ -59,6 +60,9 @@ class Isotropic:
         """Raises CheckpointError where the tensors are not those of an isotropic curvature."""
         require_state(state, "Isotropic", [_VALUE], (_SHAPE,))
         return cls(state[_VALUE], shapes_from_state(_SHAPE, state))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {_VALUE: self.value, **shapes_state(_SHAPE, self.shapes)}

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..models import Params, nbytes
 from .base import (
     Shapes,
+    describe,
     eigh,
     log_sum,
     normal,
@@ -46,7 +47,7 @@ _KRONECKER = "kronecker."
 _EIGEN = "eigen_kronecker."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kronecker:
     """G = sum_t ⊕_n L_tn ⊗ R_tn over one layer.
 
@@ -79,6 +80,9 @@ class Kronecker:
         prefix = _KRONECKER + "shape."
         require_state(state, "Kronecker", names, (prefix,))
         return cls(state[names[0]], state[names[1]], shapes_from_state(prefix, state))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
@@ -202,7 +206,7 @@ class Kronecker:
         return list(zip(*pair, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EigenKronecker:
     """G = sum_t ⊕_n (U_tn ⊗ V_tn) diag(s_tn) (U_tn ⊗ V_tn)ᵀ over one layer.
 
@@ -243,6 +247,9 @@ class EigenKronecker:
         require_state(state, "EigenKronecker", [_EIGEN + "values"], (prefix, *optional))
         left, right = (state.get(key) for key in optional)
         return cls(left, right, state[_EIGEN + "values"], shapes_from_state(prefix, state))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = {"left": self.left, "right": self.right, "values": self.values}

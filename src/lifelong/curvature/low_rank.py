@@ -21,6 +21,7 @@ from torch import Tensor
 from ..models import Params, nbytes
 from .base import (
     Shapes,
+    describe,
     eigh,
     flatten,
     from_numbered,
@@ -43,7 +44,7 @@ _WEIGHTS = "low_rank.weights"
 _FACTOR = "low_rank.factor."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """G = sum_r weights_r v_r v_rᵀ. factors: name -> (R, *shape), the parts of v_r; weights: (R,),
     of either sign.
@@ -68,6 +69,9 @@ class LowRank:
         """Raises CheckpointError where the tensors are not those of a low-rank curvature."""
         require_state(state, "LowRank", [_WEIGHTS], (_FACTOR,))
         return cls(from_numbered(_FACTOR, state), state[_WEIGHTS])
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {_WEIGHTS: self.weights, **numbered(_FACTOR, self.factors)}
