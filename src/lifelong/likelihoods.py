@@ -196,7 +196,7 @@ class Categorical:
             )
         if y.numel() == 0:
             return
-        low, high = int(y.min()), int(y.max())
+        low, high = (int(end) for end in y.aminmax())
         if low < 0 or high >= f.shape[1]:
             raise ValueError(
                 f"labels run from {low} to {high}, but the model has {f.shape[1]} outputs "

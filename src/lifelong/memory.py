@@ -286,7 +286,10 @@ def memorise(
         if len(rows_) == 0:
             continue
         newcomers = group.take(rows_)
-        pool, since = newcomers if pool is None else pool.add(newcomers), since + len(rows_)
+        pool, since = (
+            newcomers if pool is None else _together([pool, newcomers]),
+            since + len(rows_),
+        )
         if len(pool.keys) > 4 * size:  # seldom, since it copies every row that stays
             labels = classes(pool.labels)
             pool = pool.take(select.candidates(pool.keys, labels, size, descending=descending))
@@ -308,34 +311,29 @@ _GROUP = 16 * 2**20  # bytes of inputs that are held until one selection is made
 
 
 class _Pool(NamedTuple):
-    """Examples with their outputs, batch by batch; keys, labels (K,) of all."""
+    """Scored examples: inputs batch by batch, for they are large, the rest in one piece each."""
 
-    parts: list[tuple[Batch, Tensor]]
-    keys: Tensor
+    inputs: list[Inputs]
+    keys: Tensor  # (K,)
     labels: Tensor
-
-    def add(self, other: _Pool) -> _Pool:
-        both = torch.cat([self.keys, other.keys]), torch.cat([self.labels, other.labels])
-        return _Pool([*self.parts, *other.parts], *both)
+    ids: Tensor
+    f: Tensor  # (K, C)
 
     def take(self, index: Tensor) -> _Pool:
         """Those rows alone, copied; ``index`` ascends."""
-        ends = torch.tensor([len(f) for _, f in self.parts]).cumsum(0)
+        ends = torch.tensor([rows(x) for x in self.inputs]).cumsum(0)
         cuts = [0, *torch.searchsorted(index.cpu(), ends).tolist()]
         starts = [0, *ends.tolist()]
-        parts = []
-        for i, (batch, f) in enumerate(self.parts):
-            if cuts[i + 1] > cuts[i]:
-                rows_ = index[cuts[i] : cuts[i + 1]] - starts[i]
-                parts.append((batch.rows(rows_), f[rows_]))
-        return _Pool(parts, self.keys[index], self.labels[index])
+        inputs = [
+            take(x, index[cuts[i] : cuts[i + 1]] - starts[i])
+            for i, x in enumerate(self.inputs)
+            if cuts[i + 1] > cuts[i]
+        ]
+        return _Pool(inputs, *(take(column, index) for column in self[1:]))  # type: ignore[arg-type]
 
     def joined(self, index: Tensor) -> tuple[Batch, Tensor]:
         """Those rows in that order, in one batch, and their outputs."""
-        found, f = zip(*self.parts, strict=True)
-        inputs = concat([batch.inputs for batch in found])
-        ids = torch.cat([batch.ids for batch in found])
-        return Batch(inputs, self.labels, ids).rows(index), torch.cat(f)[index]
+        return Batch(concat(self.inputs), self.labels, self.ids).rows(index), self.f[index]
 
 
 def _groups(
@@ -345,11 +343,10 @@ def _groups(
     generator: torch.Generator | None,
 ) -> Iterator[_Pool]:
     """The scored data, a few batches at a time: so many as ``_GROUP`` lets."""
-    parts: list[tuple[Batch, Tensor]] = []
-    keys: list[Tensor] = []
+    group: list[_Pool] = []
     held = 0
     for batch, f, mask in passing:
-        found = score_batch(
+        keys = score_batch(
             score,  # type: ignore[arg-type]
             passing.model,
             batch,
@@ -358,19 +355,19 @@ def _groups(
             mask=mask,
             variance=variance,
             generator=generator,
-        )
-        parts.append((batch, f))
-        keys.append(found.detach())
+        ).detach()
+        group.append(_Pool([batch.inputs], keys, batch.labels, batch.ids, f))
         held += nbytes(batch.inputs)
         if held > _GROUP:
-            yield _pooled(parts, keys)
-            parts, keys, held = [], [], 0
-    if parts:
-        yield _pooled(parts, keys)
+            yield _together(group)
+            group, held = [], 0
+    if group:
+        yield _together(group)
 
 
-def _pooled(parts: list[tuple[Batch, Tensor]], keys: list[Tensor]) -> _Pool:
-    return _Pool(parts, torch.cat(keys), torch.cat([batch.labels for batch, _ in parts]))
+def _together(pools: list[_Pool]) -> _Pool:
+    inputs, *columns = zip(*pools, strict=True)
+    return _Pool([x for some in inputs for x in some], *(torch.cat(c) for c in columns))
 
 
 @dataclass(frozen=True, eq=False)

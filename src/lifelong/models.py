@@ -7,6 +7,7 @@ unwrapped. Parameters travel as ``dict[str, Tensor]``, keyed as in ``named_param
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -178,7 +179,7 @@ def widen(model: nn.Module, name: str, num_outputs: int) -> None:
 def require_finite(value: Tensor, what: str) -> None:
     """Raise NonFiniteError naming ``what`` where a value is NaN or infinite."""
     # A sum is one pass, and finite only if all is; where it overflows, look at each number.
-    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+    if not math.isfinite(float(value.detach().sum())) and not torch.isfinite(value).all():
         raise NonFiniteError(
             f"{what} is NaN or infinite; lower the learning rate, clip the gradient, or look at "
             "the inputs of this batch. Nothing was changed"
