@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapt, checkpoint, divergences, likelihoods, recall
+from . import adapt, checkpoint, likelihoods, recall
 from .curvature import Curvature, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
@@ -54,13 +54,14 @@ from .recall import Pass, Terms
 from .recipe import Recipe
 from .scores import identify
 from .terms import (
-    Block,
     KernelTerm,
     MemoryTerm,
     Regulariser,
     WeightTerm,
     complete,
     kernel_term,
+    term_from_state,
+    term_state,
 )
 from .terms import to as move_term
 
@@ -627,7 +628,7 @@ class Prior:
         return {
             "likelihood": named(self.likelihood),
             "recipe": self.recipe.to_dict(),
-            "terms": [_term_state(term) for term in self.terms],
+            "terms": [term_state(term) for term in self.terms],
             "curvature": None if self.curvature is None else self.curvature.state_dict(),
             "num_data": self.num_data,
             "num_tasks": self.num_tasks,
@@ -641,7 +642,7 @@ class Prior:
         return cls(
             likelihood=unnamed(likelihoods, state["likelihood"]),
             recipe=Recipe.from_dict(state["recipe"]),
-            terms=tuple(_term_from_state(term) for term in state["terms"]),
+            terms=tuple(term_from_state(term) for term in state["terms"]),
             curvature=None if curvature is None else curvature_from_state_dict(curvature),
             num_data=state["num_data"],
             num_tasks=state["num_tasks"],
@@ -653,59 +654,6 @@ def terms_width(terms: Terms) -> set[int]:
     """The numbers of outputs that the remembered beliefs are about."""
     held = [t for t in terms if isinstance(t, _IN_MEMORY)]
     return {t.memory.reference.shape[1] for t in held}
-
-
-def _term_state(term: Any) -> dict[str, Any]:
-    if isinstance(term, Regulariser):
-        return {"name": "Regulariser", "precision": term.precision, "mean": term.mean}
-    if isinstance(term, WeightTerm):
-        curvature = None if term.curvature is None else term.curvature.state_dict()
-        return {
-            "name": "WeightTerm",
-            "anchor": term.anchor,
-            "gradient": term.gradient,
-            "curvature": curvature,
-        }
-    if isinstance(term, MemoryTerm):
-        return {
-            "name": "MemoryTerm",
-            "memory": term.memory.state_dict(),
-            "divergence": named(term.divergence),
-        }
-    if isinstance(term, KernelTerm):
-        blocks = [
-            {**vars(b), "head": None if b.head is None else list(b.head)} for b in term.blocks
-        ]
-        return {
-            "name": "KernelTerm",
-            "memory": term.memory.state_dict(),
-            "blocks": blocks,
-            "strength": term.strength,
-        }
-    raise TypeError(f"a {type(term).__name__} cannot be saved; its own code must do it")
-
-
-def _term_from_state(state: Mapping[str, Any]) -> Any:
-    name = state["name"]
-    if name == "Regulariser":
-        return Regulariser(state["precision"], state["mean"])
-    if name == "WeightTerm":
-        curvature = state["curvature"]
-        return WeightTerm(
-            state["anchor"],
-            state["gradient"],
-            None if curvature is None else curvature_from_state_dict(curvature),
-        )
-    if name == "MemoryTerm":
-        divergence = unnamed(divergences, state["divergence"])
-        return MemoryTerm(Memory.from_state_dict(state["memory"]), divergence)
-    if name == "KernelTerm":
-        blocks = tuple(
-            Block(**{**b, "head": None if b["head"] is None else tuple(b["head"])})
-            for b in state["blocks"]
-        )
-        return KernelTerm(Memory.from_state_dict(state["memory"]), blocks, state["strength"])
-    raise ValueError(f"unknown term {name!r}; a newer version may have written this file")
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:

@@ -21,13 +21,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import divergences
 from .curvature import Curvature, Diagonal
+from .curvature import from_state_dict as curvature_from_state_dict
 from .data import Head
 from .divergences import KL, Divergence
 from .jacobians import kernel
 from .likelihoods import Likelihood
 from .memory import Memory, Sample
 from .models import Inputs, Params, evaluating, match, move, nbytes, parameters
+from .named import named, unnamed
 
 
 class Term(Protocol):
@@ -514,3 +517,61 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         )
         return replace(term, memory=term.memory.to(device, dtype), blocks=blocks)
     raise TypeError(f"cannot move a term of type {type(term).__name__}")
+
+
+def term_state(term: Any) -> dict[str, Any]:
+    """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it.
+
+    Raises TypeError for a term of the user's own.
+    """
+    if isinstance(term, Regulariser):
+        return {"name": "Regulariser", "precision": term.precision, "mean": term.mean}
+    if isinstance(term, WeightTerm):
+        curvature = None if term.curvature is None else term.curvature.state_dict()
+        return {
+            "name": "WeightTerm",
+            "anchor": term.anchor,
+            "gradient": term.gradient,
+            "curvature": curvature,
+        }
+    if isinstance(term, MemoryTerm):
+        return {
+            "name": "MemoryTerm",
+            "memory": term.memory.state_dict(),
+            "divergence": named(term.divergence),
+        }
+    if isinstance(term, KernelTerm):
+        blocks = [
+            {**vars(b), "head": None if b.head is None else list(b.head)} for b in term.blocks
+        ]
+        return {
+            "name": "KernelTerm",
+            "memory": term.memory.state_dict(),
+            "blocks": blocks,
+            "strength": term.strength,
+        }
+    raise TypeError(f"a {type(term).__name__} cannot be saved; its own code must do it")
+
+
+def term_from_state(state: Mapping[str, Any]) -> Any:
+    """The term that ``term_state`` was taken of; ValueError for one that is not known."""
+    name = state["name"]
+    if name == "Regulariser":
+        return Regulariser(state["precision"], state["mean"])
+    if name == "WeightTerm":
+        curvature = state["curvature"]
+        return WeightTerm(
+            state["anchor"],
+            state["gradient"],
+            None if curvature is None else curvature_from_state_dict(curvature),
+        )
+    if name == "MemoryTerm":
+        divergence = unnamed(divergences, state["divergence"])
+        return MemoryTerm(Memory.from_state_dict(state["memory"]), divergence)
+    if name == "KernelTerm":
+        blocks = tuple(
+            Block(**{**b, "head": None if b["head"] is None else tuple(b["head"])})
+            for b in state["blocks"]
+        )
+        return KernelTerm(Memory.from_state_dict(state["memory"]), blocks, state["strength"])
+    raise ValueError(f"unknown term {name!r}; a newer version may have written this file")
