@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lifelong
-from lifelong import Bernoulli, Categorical, Examples, Gaussian, NonFiniteError, Poisson, Prior
+from lifelong import (
+    Bernoulli,
+    Categorical,
+    Examples,
+    Gaussian,
+    NonFiniteError,
+    Poisson,
+    Prior,
+    compact,
+)
 from lifelong.compact import (
     CompactMemory,
     compress,
@@ -523,3 +532,11 @@ def test_the_benchmark_trains_to_the_minimum():
     points = torch.as_tensor(tasks[2][0].inputs)[:, 1:3]
     assert benchmark.moons_grid().shape == (158_632, 21)
     assert float(points.abs()[:, 0].max()) < 3.6
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 50])
+def test_the_rotation_of_points_is_orthogonal_level_and_spread(size: int) -> None:
+    q = compact._level(size, torch.zeros(1, dtype=torch.float64))
+    assert torch.allclose(q.T @ q, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(q[:, 0], torch.full((size,), size**-0.5, dtype=torch.float64))
+    assert q.abs().max() <= (2 / size) ** 0.5 + 1e-12

@@ -437,3 +437,12 @@ def test_errors():
     own = Diagonal.zeros_like(parameters(dropout))
     with pytest.raises(NotRepeatableError, match="training mode"):
         Posterior.laplace(dropout, data(), Categorical(), prior_precision=1.0, curvature=own)
+
+
+@pytest.mark.parametrize("method", ["glm", "mc", "mean"])
+def test_a_model_that_changed_its_dtype_since(method):
+    model = net().float()
+    few = Examples(data().inputs.float(), data().labels)
+    posterior = Posterior.laplace(model, few, Categorical(), prior_precision=DELTA)
+    told = posterior.predictive(model.double(), points(), Categorical(), method=method)
+    assert told.mean.dtype == torch.float64

@@ -11,20 +11,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lifelong import (
+    IVON,
+    VON,
     Bernoulli,
     Categorical,
     Diagonal,
     Examples,
     Gaussian,
     NonFiniteError,
+    NotRepeatableError,
     Posterior,
     Recipe,
     SensitivityTrace,
     StaleAnchorError,
     dense_curvature,
     diagonal_curvature,
+    gaussian_posterior,
     group_change,
     identify,
     kprior,
@@ -480,12 +485,42 @@ def test_variational_optimisers_are_read_by_what_they_offer():
     flat = torch.cat([v.flatten() for v in found.values()])
     assert torch.allclose(flat, 1 / (50 * (torch.arange(size).double() + 1.1)))
 
-    class WithPrecision(torch.optim.SGD):
-        def precision(self, p: Tensor, group: dict) -> Tensor:
-            return torch.full_like(p, 4.0)
 
-    found = variance_from_optimizer(WithPrecision(model.parameters(), lr=0.1), model, 12)
-    assert all(torch.equal(v, torch.full_like(v, 0.25)) for v in found.values())
+def test_the_variance_of_a_variational_optimiser_is_that_of_its_gaussian():
+    model, data = mlp(), draw()
+    model.spare = nn.Parameter(torch.zeros(2).double())
+    ivon = IVON(model.named_parameters(), ess=12, weight_decay=0.5, hess_init=3.0)
+    with ivon.sampled_params(train=True):
+        CATEGORICAL.nll(model(data.inputs), data.labels).mean().backward()
+    ivon.step()
+    found = variance_from_optimizer(ivon, model, 12, damping=0.1)
+    curvature = gaussian_posterior(ivon, model).curvature
+    for name, v in curvature.inverse_diagonal(12 * 0.5 + 0.1).items():
+        assert torch.allclose(found[name], v)
+    # Without a gradient hess_init says nothing: the prior's precision is left.
+    assert torch.allclose(found["spare"], torch.full((2,), 1 / 6.1).double())
+    small = mlp()
+    von = VON(small, CATEGORICAL, ess=12)
+    von.observe(data.inputs, data.labels)
+    von.step()
+    full = torch.linalg.inv(von.precision + 0.1 * torch.eye(len(von.precision)).double())
+    found = variance_from_optimizer(von, small, 12, damping=0.1)
+    assert torch.allclose(torch.cat([v.flatten() for v in found.values()]), full.diagonal())
+
+
+def test_a_loader_that_shuffles_is_refused():
+    model, data = mlp(), draw()
+    curvature = diagonal_curvature(model, data, CATEGORICAL)
+    loader = DataLoader(TensorDataset(data.inputs, data.labels), 4, shuffle=True)
+    for use in (
+        lambda: class_changes(model, loader, CATEGORICAL, curvature, 1.0),
+        lambda: sensitivities(model, loader, CATEGORICAL, curvature, 1.0),
+        lambda: identify(model, loader, CATEGORICAL, score="lambda"),
+        lambda: removal(model, loader, CATEGORICAL, curvature, 1.0, weights=torch.ones(12)),
+        lambda: SensitivityTrace(model, loader, CATEGORICAL),
+    ):
+        with pytest.raises(NotRepeatableError, match="the loader shuffles"):
+            use()
 
 
 def test_a_parameter_without_gradient_has_the_prior_s_variance():

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lifelong
-from lifelong import Categorical, Examples, Gaussian, Prior
+from lifelong import Categorical, Examples, Gaussian, Prior, Regulariser
 from lifelong.adapt import _is_indefinite
 from lifelong.curvature import BlockDiagonal, Curvature, estimate
 from lifelong.recall import Pass, fit_curvature
-from lifelong.recipe import Recipe
+from lifelong.recipe import Fitted, Recipe
 from lifelong.testing import cases, laws
 
 EXACT = ("kronecker", "eigen_kronecker", "block", "low_rank")  # for a linear layer, Gaussian noise
@@ -153,10 +153,10 @@ def test_an_indefinite_difference_that_its_diagonal_hides() -> None:
         torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]]), torch.eye(3).expand(1, 1, 3, 3),
         {"w": torch.Size((2, 3))},
     )  # fmt: skip
-    assert _is_indefinite(g)
+    assert _is_indefinite(g, beside=g)
     positive = lifelong.Kronecker(g.left + 2 * torch.eye(2), g.right, g.shapes)
-    assert not _is_indefinite(positive)
-    assert not _is_indefinite(0.0 * positive)
+    assert not _is_indefinite(positive, beside=positive)
+    assert not _is_indefinite(0.0 * positive, beside=positive)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -176,3 +176,29 @@ def test_recipes_that_do_not_fit() -> None:
     for structure in (None, "path"):
         with pytest.raises(ValueError, match="is not fitted to data; name one that is"):
             fit_curvature(Recipe(structure=structure), Pass(net(), task(0), Gaussian()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("structure", get_args(Fitted))
+@pytest.mark.parametrize("score", ["leverage", "sensitivity"])
+def test_scores_that_need_a_variance_read_it_off_any_structure(structure: str, score: str) -> None:
+    recipe = Recipe(structure=structure, memory=4, score=score, gradient="anchored")
+    prior = Prior(Categorical(), recipe, (Regulariser(1.0),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for _ in range(2):
+        data = torch.randn(8, 3).double(), torch.arange(8) % 2
+        prior = prior.update(model, data)
+    assert len(prior.memory) == 8
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "isotropic", "block", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_can_be_forgotten_in_other_batches(structure: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    data = torch.randn(20, 4).to(dtype), torch.randint(0, 3, (20,))
+    prior = Prior(Categorical(), Recipe(structure=structure, gradient="anchored"))
+    left = prior.update(model, data).forget(model, data, batch_size=7)
+    before = prior.update(model, data).weight.curvature
+    largest = max(float(v.abs().max()) for v in left.weight.curvature.diagonal().values())
+    assert largest < 1e-5 * max(float(v.max()) for v in before.diagonal().values())

@@ -876,3 +876,33 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "digits ivon: accuracy" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--data"):
         benchmark.main(["mnist", "--smoke", "--out", str(tmp_path)])
+
+
+def test_a_copy_is_refused_with_what_to_do() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="IVON cannot be copied or pickled; make a new one"):
+        copy.deepcopy(IVON(model.named_parameters(), ess=10))
+
+
+@pytest.mark.parametrize("kind", [VOGN, VON])
+def test_parameters_that_were_frozen_since(kind: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = kind(model, Gaussian(), ess=10)
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen or freed since .*\['0.bias', '0.weight'\]"):
+        optimizer.observe(torch.randn(3, 2), torch.randn(3, 1))
+
+
+def test_loaded_passes_of_a_step_are_those_that_were_saved() -> None:
+    first, again = (IVON(nn.Linear(2, 1).named_parameters(), ess=10, mc_samples=n) for n in (4, 1))
+    again.load_state_dict(first.state_dict())
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        loss = sum(p.square().sum() for p in again.param_groups[0]["params"])
+        loss.backward()
+        return loss.detach()
+
+    again.step(closure)
+    assert len(calls) == 4

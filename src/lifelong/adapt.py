@@ -144,48 +144,60 @@ def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
     before, after = curvature.diagonal(), left.diagonal()
     bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
     for block in left.blocks if isinstance(left, BlockDiagonal) else (left,):
-        if not isinstance(block, Diagonal) and _is_indefinite(block):
+        if isinstance(block, Diagonal):
+            continue
+        name = next(iter(block.shapes))
+        whole = curvature.block_of(name) if isinstance(curvature, BlockDiagonal) else curvature
+        if _is_indefinite(block, beside=whole):
             bad += [n for n in block.shapes if n not in bad]
     if bad:
         raise ValueError(
             f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
-            "not learned at this anchor, or were forgotten before; refit the prior from the data"
+            "not learned at this anchor, or were forgotten before, or the structure approximates, "
+            "and an approximation of all examples less one of some need not be positive (diagonal, "
+            "block and dense are exact); refit the prior from the data that stay"
         )
     if isinstance(left, Diagonal):  # rounding
         return Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
     return left
 
 
-def _is_indefinite(curvature: Curvature) -> bool:
-    """Whether an eigenvalue is negative, beyond rounding beside the largest.
+def _is_indefinite(curvature: Curvature, beside: Curvature) -> bool:
+    """Whether an eigenvalue is negative, beyond rounding in numbers of the size of ``beside``.
 
     Without the whole matrix: the largest of c I - G by power iteration, c above that of G. What
     is as close to 0 as the iteration has still to go is taken for positive.
     """
+    diagonal = curvature.diagonal()
+    size = sum(v.numel() for v in diagonal.values())
+    eps = max(torch.finfo(v.dtype).eps for v in diagonal.values())
+    rounding = max(1e-6, 8 * eps * size**0.5) * abs(_leading(beside.mv, diagonal))
     if isinstance(curvature, Dense):
-        values = torch.linalg.eigvalsh(curvature.matrix)
-        return bool(values[0] < -1e-6 * values[-1].abs())
+        return bool(torch.linalg.eigvalsh(curvature.matrix)[0] < -rounding)
+    largest = abs(_leading(curvature.mv, diagonal))
+    shifted = _leading(
+        lambda x: plus({n: largest * v for n, v in x.items()}, curvature.mv(x), -1.0), diagonal
+    )
+    return largest - shifted < -rounding
+
+
+def _leading(product: Callable[[Params], Params], like: Params) -> float:
+    """The eigenvalue of the largest absolute value, by power iteration."""
     generator = torch.Generator().manual_seed(0)
-    start = {
+    x = {
         n: torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device)
-        for n, v in curvature.diagonal().items()
+        for n, v in like.items()
     }
-
-    def leading(product: Callable[[Params], Params]) -> float:
-        x, value = start, 0.0
-        for _ in range(_ITERATIONS):
-            norm = torch.stack([v.square().sum() for v in x.values()]).sum().sqrt()
-            if not bool(norm > 0):
-                return 0.0
-            x = {n: v / norm for n, v in x.items()}
-            y = product(x)
-            value = float(torch.stack([(x[n] * y[n]).sum() for n in x]).sum())
-            x = y
-        return value
-
-    largest = abs(leading(curvature.mv))
-    shifted = leading(lambda x: plus({n: largest * v for n, v in x.items()}, curvature.mv(x), -1.0))
-    return largest - shifted < -1e-6 * largest
+    value = 0.0
+    for _ in range(_ITERATIONS):
+        norm = torch.stack([v.square().sum() for v in x.values()]).sum().sqrt()
+        if not bool(norm > 0):
+            return 0.0
+        x = {n: v / norm for n, v in x.items()}
+        y = product(x)
+        value = float(torch.stack([(x[n] * y[n]).sum() for n in x]).sum())
+        x = y
+    return value
 
 
 @contextmanager

@@ -204,12 +204,15 @@ def compress(rows: Tensor) -> Tensor:
 
 
 def _level(size: int, like: Tensor) -> Tensor:
-    """(K, K) orthogonal and symmetric, its first column 1 / sqrt(K) throughout: a reflection."""
-    v = torch.full((size,), -1 / math.sqrt(size), dtype=like.dtype, device=like.device)
-    v[0] += 1
-    identity = torch.eye(size, dtype=like.dtype, device=like.device)
-    norm = v @ v
-    return identity if size == 1 else identity - (2 / norm) * torch.outer(v, v)
+    """(K, K) orthogonal, its first column 1 / sqrt(K) throughout: the cosine transform.
+
+    No entry of the others exceeds sqrt(2 / K), so that no point takes a direction for itself and
+    lies far out along it, as with a reflection.
+    """
+    k = torch.arange(size, dtype=like.dtype, device=like.device)
+    out = torch.cos(math.pi * (k.unsqueeze(1) + 0.5) * k / size) * math.sqrt(2 / size)
+    out[:, 0] = 1 / math.sqrt(size)
+    return out
 
 
 def _values(scale: Scale | None, vectors: Tensor) -> Tensor:

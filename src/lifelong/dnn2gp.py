@@ -35,8 +35,10 @@ from .models import (
     Inputs,
     Params,
     concat,
+    device_of,
     evaluating,
     forward,
+    move,
     parameters,
     snapshot,
 )
@@ -247,6 +249,7 @@ class GaussianProcess:
 
     def _cross(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The mean of f at the inputs (B, C), and k(x, X) L chol(B)⁻ᵀ: (B, C, N C)."""
+        inputs = move(inputs, device_of(model))
         with evaluating(model), holding(model, self.mean), torch.no_grad():
             f = upcast(forward(model, inputs)) - linear_part(model, inputs, self.mean)
         cross = _kernel(

@@ -355,7 +355,8 @@ def _groups(
             mask=mask,
             variance=variance,
             generator=generator,
-        ).detach()
+        )
+        keys = keys.detach().to(batch.labels.device)  # random ones are where the generator is
         group.append(_Pool([batch.inputs], keys, batch.labels, batch.ids, f))
         held += nbytes(batch.inputs)
         if held > _GROUP:

@@ -225,13 +225,14 @@ class Posterior:
         self, model: nn.Module, inputs: Inputs, count: int, generator: torch.Generator | None
     ) -> Iterator[Tensor]:
         """Outputs under draws of the weights, a few draws in memory at a time."""
+        params = match(model, self.mean)
         num_bytes = sum(m.numel() * m.element_size() for m in self.mean.values())
         step = max(1, hooks.WORKING_SET // num_bytes)
         args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
         for start in range(0, count, step):
             draws = self.sample(min(step, count - start), generator)
             for s in range(min(step, count - start)):
-                weights = {name: draw[s] for name, draw in draws.items()}
+                weights = {name: draw[s].to(params[name]) for name, draw in draws.items()}
                 f = upcast(logits(torch.func.functional_call(model, weights, args, kwargs)))
                 require_finite(f, "an output of the model")
                 yield f

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapt, checkpoint, likelihoods, recall
-from .curvature import Curvature, diagonal_curvature
+from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
@@ -311,7 +311,6 @@ class Prior:
         batch_size: int = BATCH_SIZE,
     ) -> Tensor:
         """(N,) the recipe's score of each example; raises as ``lifelong.identify``."""
-        require_repeatable(data)
         return identify(
             model,
             data,
@@ -489,7 +488,9 @@ class Prior:
         old = recall.total_curvature(self.terms, self.curvature)
         precision = self.regulariser.precision if self.regulariser is not None else 0.0
         precision = max(precision, self.recipe.kernel_precision)
-        return recall.variance(new if old is None else old + new, precision)
+        if old is not None:  # of any structure: the score reads the variances alone
+            new = new + Diagonal(old.diagonal())
+        return recall.variance(new, precision)
 
     # ---------------------------------------------------------------- change
 

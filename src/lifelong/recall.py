@@ -139,7 +139,7 @@ def _bounded(
         order = torch.randperm(seen + new, generator=generator)
         from_new = int((order[:size] >= seen).sum())
         from_new = max(size - len(old), min(from_new, len(items)))
-        keys = torch.rand(len(both), generator=generator)
+        keys = torch.rand(len(both), generator=generator).to(both.labels.device)
         survivors = select.top_k(keys[: len(old)], size - from_new)
         newcomers = len(old) + select.top_k(keys[len(old) :], from_new)
         chosen = torch.cat([survivors, newcomers])
@@ -150,7 +150,7 @@ def _bounded(
             if balanced
             else select.top_k(keys, size, descending=recipe.descending)
         )
-    kept = torch.zeros(len(both), dtype=torch.bool)
+    kept = torch.zeros(len(both), dtype=torch.bool, device=both.labels.device)
     kept[chosen] = True
     return both.drop(~kept), old.drop(kept[: len(old)])
 
@@ -160,7 +160,7 @@ def _keys(
 ) -> Tensor:
     """Scores of old and new items by their present beliefs, so that they compare."""
     if recipe.score == "random":
-        return torch.rand(len(memory), generator=generator)
+        return torch.rand(len(memory), generator=generator).to(memory.labels.device)
     f = likelihood.mask(memory.reference, memory.mask)
     if recipe.score == "residual":
         return likelihood.residual(f, memory.labels).norm(dim=-1)

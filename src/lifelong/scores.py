@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import sensitivity
 from .curvature import Curvature
-from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of
+from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, require_repeatable
 from .function_space import function_covariance
 from .jacobians import leverage
 from .likelihoods import Likelihood, require_likelihood
@@ -131,8 +131,10 @@ def identify(
     (G + damping I)⁻¹, which wins where both are given.
 
     Raises TypeError for what is no likelihood, ValueError for labels outside of the head and for
-    scores that do not exist, NonFiniteError for outputs that are NaN or infinite.
+    scores that do not exist, NotRepeatableError for a loader that shuffles or augments,
+    NonFiniteError for outputs that are NaN or infinite.
     """
+    require_repeatable(data)
     head, parts = head_of(data, head), []
     with evaluating(model):
         for batch in batches(data, batch_size):

@@ -56,7 +56,7 @@ def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: boo
     """
     _require_size(k)
     order = top_k(scores, len(scores), descending=descending)
-    keep = torch.zeros(len(scores), dtype=torch.bool)
+    keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     keep[order[:k]] = True
     if labels is not None:
         quota = max(1, k // max(1, len(torch.unique(labels))))
@@ -110,7 +110,7 @@ def passing(
     class is full, than the last of its class there. Most of a long stream is, and is not sorted.
     """
     if bar is None:
-        return torch.arange(len(scores))
+        return torch.arange(len(scores), device=scores.device)
     new = scores if descending else -scores
     if bar.classes is None or bar.last is None or labels is None:
         return (~(new <= bar.overall)).nonzero().squeeze(1)
@@ -152,7 +152,7 @@ def _rank_within(labels: Tensor) -> Tensor:
     grouped = labels[order]
     starts = torch.ones_like(grouped, dtype=torch.bool)
     starts[1:] = grouped[1:] != grouped[:-1]
-    position = torch.arange(len(labels))
+    position = torch.arange(len(labels), device=labels.device)
     first = torch.where(starts, position, 0).cummax(0).values if len(labels) else position
     rank = torch.empty_like(position)
     rank[order] = position - first

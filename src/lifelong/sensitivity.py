@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .curvature import Curvature, Diagonal
-from .data import BATCH_SIZE, Data, Head, head_of, num_examples
+from .data import BATCH_SIZE, Data, Head, head_of, num_examples, require_repeatable
 from .function_space import function_covariance, function_kernel
 from .hooks import upcast
 from .jacobians import checked, differentiating, gradient, residual, weighted_batches
@@ -178,9 +178,10 @@ def sensitivities(
     its curvature and prior precision. The model is read in eval mode.
 
     Raises ValueError where G + damping I is not positive definite, ValueError and TypeError for
-    labels that do not fit; StaleAnchorError, NotRepeatableError, NonFiniteError as
-    ``function_covariance``.
+    labels that do not fit; NotRepeatableError for a loader that shuffles or augments;
+    StaleAnchorError, NotRepeatableError, NonFiniteError as ``function_covariance``.
     """
+    require_repeatable(data)
     parts = list(_pass(model, data, likelihood, curvature, damping, head, batch_size))
     fields = ("outputs", "labels", "residual", "hessian", "covariance")
     return Sensitivities(
@@ -278,8 +279,11 @@ def removal(
 
     weights: (N,) by position, how much of each example is removed: 0 leaves it in, -1 adds it once
     more. One backward pass over the data, whatever the size of the group. Raises as ``gradient``,
-    and ValueError where G + damping I is not positive definite.
+    ValueError where G + damping I is not positive definite, and with weights NotRepeatableError for
+    a loader that shuffles or augments.
     """
+    if weights is not None:
+        require_repeatable(data)
     names = list(curvature.diagonal())
     with evaluating(model):
         slope = gradient(
@@ -368,6 +372,7 @@ def class_changes(
 
     Raises ValueError for labels that are not (N,) integers, else as ``removal``.
     """
+    require_repeatable(data)
     head = head_of(data, head)
     parts = list(_parts(model, data, likelihood, head, batch_size))
     labels = torch.cat([part.labels for part in parts]).cpu()
@@ -405,7 +410,7 @@ def variance_from_optimizer(
 
         Adam, AdamW, ...   1 / (num_data sqrt(v) + damping), v the second moment, bias corrected
         RMSprop            the same; its v has no correction
-        VON, VOGN, ...     1 / (precision + damping), where it has precision(parameter, group)
+        VON, IVON, ...     diag (S + damping I)⁻¹, S the precision of ``gaussian_posterior``
         ivon.IVON          1 / (ess (hess + weight_decay) + damping), from its groups
         SGD                1 / (num_data + damping): h = 1, so only the scores' order means anything
 
@@ -421,7 +426,10 @@ def variance_from_optimizer(
         raise ValueError(f"num_data must be at least 1, got {num_data}")
     names = {id(p): name for name, p in parameters(model).items()}
     out: Params = {}
-    for group in optimizer.param_groups:
+    own = callable(getattr(optimizer, "gaussian", None))
+    if own:
+        out = _of_gaussian(optimizer, names, damping)
+    for group in () if own else optimizer.param_groups:
         held = [p for p in group["params"] if p.requires_grad]
         for p, precision in zip(held, _precisions(optimizer, group, held, num_data), strict=True):
             if id(p) in names:
@@ -438,12 +446,20 @@ def variance_from_optimizer(
     return {name: out[name] for name in names.values() if name in out}
 
 
+def _of_gaussian(optimizer: Any, names: Mapping[int, str], damping: float) -> Params:
+    """Of an optimiser that holds a Gaussian: parameters that never had a gradient are as unsure as
+    their prior."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    every = {id(p): names.get(id(p), f"{i} is not of the model") for i, p in enumerate(held)}
+    posterior = optimizer.gaussian(every)
+    found = posterior.curvature.inverse_diagonal(posterior.prior_precision + damping)
+    return {name: value for name, value in found.items() if name in set(names.values())}
+
+
 def _precisions(
     optimizer: Any, group: dict[str, Any], held: list[nn.Parameter], num_data: int
 ) -> list[Tensor]:
     """One precision for each parameter of the group, in nats, before damping."""
-    if callable(getattr(optimizer, "precision", None)):
-        return [optimizer.precision(p, group).detach() for p in held]
     if isinstance(group.get("hess"), Tensor) and "ess" in group:
         flat = group["ess"] * (group["hess"].detach().flatten() + group.get("weight_decay", 0.0))
         parts = flat.split([p.numel() for p in held])
@@ -470,7 +486,7 @@ def _second(optimizer: Any, group: dict[str, Any], p: nn.Parameter) -> Tensor:
         return torch.zeros_like(p, requires_grad=False)
     raise TypeError(
         f"cannot read a variance off {type(optimizer).__name__}: expected SGD, an optimiser of "
-        "the Adam or RMSprop family, or one with precision(parameter, group); take "
+        "the Adam or RMSprop family, or a variational one; take "
         "lifelong.diagonal_curvature of the data instead"
     )
 
@@ -483,7 +499,8 @@ class SensitivityTrace:
     is short. optimizer: whose state gives the variance where ``record`` is not given one, with
     num_data (default: the size of data) and damping as in ``variance_from_optimizer``.
 
-    steps: T ints; values: (T, N) float64, on the CPU.
+    steps: T ints; values: (T, N) float64, on the CPU. Raises NotRepeatableError for a loader that
+    shuffles or augments, since its columns would mix examples.
     """
 
     def __init__(
@@ -499,6 +516,7 @@ class SensitivityTrace:
         head: Head | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> None:
+        require_repeatable(data)
         self._model, self._data, self._likelihood = model, data, likelihood
         self._optimizer, self._damping = optimizer, damping
         self._of: Of = of

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..hooks import accumulator
+from ..models import parameters
 from ..posterior import Posterior
 
 ParamsOrGroups = Iterable[Any]  # parameters, (name, parameter) pairs, or dicts with "params"
@@ -122,6 +123,13 @@ class Variational(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ resuming
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError: what is held by parameter would not be that of the copied ones."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled; make a new one for the copied "
+            "model, and load_state_dict(optimizer.state_dict())"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Also the generator's state, and passes that wait for their step: a resumed run is equal.
 
@@ -152,8 +160,18 @@ class Variational(torch.optim.Optimizer):
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor):
                         self.state[p][key] = value.detach().to(p.device, copy=True)
-        self.generator.set_state(state_dict["generator"])
+        self.generator.set_state(state_dict["generator"].cpu())
         self._weight = float(state_dict["weight"])
+
+
+def require_held(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the model's trainable parameters are others than ``held``."""
+    changed = sorted(parameters(model).keys() ^ held.keys())
+    if changed:
+        raise ValueError(
+            f"parameters were frozen or freed since the optimiser was made: {changed[:5]}; make a "
+            "new one, with prior=gaussian_posterior(optimizer, model) taken before"
+        )
 
 
 def positive(**values: float) -> None:

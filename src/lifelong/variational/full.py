@@ -18,7 +18,7 @@ from ..jacobians import differentiating, gradient
 from ..likelihoods import Likelihood
 from ..models import Inputs, Params, evaluating, forward, move, parameters, require_finite, rows
 from ..posterior import Posterior
-from .base import Variational, all_reduce, positive
+from .base import Variational, all_reduce, positive, require_held
 
 _LIMIT = 2**30  # bytes of a matrix
 
@@ -130,9 +130,11 @@ class VON(Variational):
 
         weight: of this batch among those before the step, by default the number of its examples.
 
-        Raises ValueError and TypeError for labels that do not fit, NotRepeatableError for a model
-        that is random or couples examples, NonFiniteError for outputs that are NaN or infinite.
+        Raises ValueError where parameters were frozen or freed since the optimiser was made;
+        ValueError and TypeError for labels that do not fit, NotRepeatableError for a model that is
+        random or couples examples, NonFiniteError for outputs that are NaN or infinite.
         """
+        require_held(self.model, self.params)
         device = self.precision.device
         data, n = (move(inputs, device), labels.to(device)), rows(inputs)
         weight = float(n) if weight is None else weight

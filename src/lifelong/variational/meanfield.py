@@ -34,7 +34,7 @@ from ..jacobians import differentiating, require_deterministic_mode, residual
 from ..likelihoods import Likelihood
 from ..models import Inputs, move, parameters, require_finite, rows, take
 from ..posterior import Posterior
-from .base import ParamsOrGroups, Variational, all_reduce, positive
+from .base import ParamsOrGroups, Variational, all_reduce, positive, require_held
 
 
 class MeanField(Variational):
@@ -200,7 +200,7 @@ class MeanField(Variational):
         loss = None
         if closure is not None:
             losses = []
-            for _ in range(self.defaults["mc_samples"]):
+            for _ in range(self.param_groups[0]["mc_samples"]):
                 with self.sampled_params(train=True), torch.enable_grad():
                     losses.append(closure())
             loss = sum(losses) / len(losses)
@@ -479,11 +479,12 @@ class VOGN(MeanField):
 
         weight: of this batch among those before the step, by default the number of its examples.
 
-        Raises ValueError and TypeError for labels that do not fit, NotRepeatableError where
-        dropout or BatchNorm is in training mode, NonFiniteError for outputs that are NaN or
-        infinite.
+        Raises ValueError where parameters were frozen or freed since the optimiser was made;
+        ValueError and TypeError for labels that do not fit; NotRepeatableError where dropout or
+        BatchNorm is in training mode; NonFiniteError for outputs that are NaN or infinite.
         """
         engine, model = self._engine, self._engine.model
+        require_held(model, engine.params)
         require_deterministic_mode(model)
         inputs, labels = move(inputs, engine.device), labels.to(engine.device)
         n = rows(inputs)
@@ -491,14 +492,14 @@ class VOGN(MeanField):
         positive(weight=weight)
         nll = torch.zeros((), dtype=torch.float64)
         sums: dict[str, list[Tensor]] = {}  # added to the state once all went well
-        for _ in range(self.defaults["mc_samples"]):
+        for _ in range(self.param_groups[0]["mc_samples"]):
             with super().sampled_params(), differentiating(model):
                 for part in engine.pieces(inputs, 1):
                     nll += self._read(take(inputs, part), labels[part], head, sums)
         for name, (grad, square) in sums.items():
             self._add(engine.params[name], grad, square, weight / n)
-        self._weight += weight * self.defaults["mc_samples"]
-        return nll / (n * self.defaults["mc_samples"])
+        self._weight += weight * self.param_groups[0]["mc_samples"]
+        return nll / (n * self.param_groups[0]["mc_samples"])
 
     def _read(
         self,
