@@ -604,3 +604,24 @@ def test_by_name_it_is_the_same() -> None:
               whole(build(model, data, Categorical()), model))  # fmt: skip
     assert isinstance(estimate(model, data, Categorical()), BlockDiagonal)
     assert rows(data.inputs) == N
+
+
+class Sums(nn.Module):
+    """Reads (B, L, 5), inside as (L, B, 5), and sums over L."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x.transpose(0, 1))).sum(0))
+
+
+@pytest.mark.parametrize("batch_size", [9, 6, 4, 3, 2, 1])
+def test_sequence_first_layers_have_factors_whatever_the_batch_size(batch_size: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = Sums().double(), torch.randn(9, 6, 5).double(), torch.randn(9, 2).double()
+    whole = kronecker_curvature(model, (x, y), Gaussian())
+    parts = kronecker_curvature(model, (x, y), Gaussian(), batch_size=batch_size)
+    assert [type(b) for b in parts.blocks] == [Kronecker, Kronecker]
+    assert torch.allclose(parts.dense().matrix, whole.dense().matrix)

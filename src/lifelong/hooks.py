@@ -321,6 +321,43 @@ _HOOKED: dict[Any, type[nn.Module]] = {
 }
 
 
+@dataclass
+class Layouts:
+    """Which layers read (L, B, ...), asked only where the sizes do not tell."""
+
+    found: dict[int, bool] | None = None  # id(module) -> the batch comes second
+    asked: bool = False
+
+    def second(self, module: nn.Module) -> bool:
+        """The first dimension is taken where nothing is known; a wrong guess fails the probe."""
+        self.asked = True
+        return (self.found or {}).get(id(module), False)
+
+    def find(self, model: nn.Module, inputs: Inputs) -> None:
+        """The batch is the dimension that grows when examples are added: two small passes."""
+        shapes: list[dict[int, torch.Size]] = []
+        modules = [m for m in model.modules() if type(m).forward in _HOOKED]
+        for n in (2, 3):
+            seen: dict[int, torch.Size] = {}
+
+            def see(module: nn.Module, _: Any, output: Any, seen: Any = seen) -> None:
+                seen[id(module)] = output.shape
+
+            handles = [m.register_forward_hook(see) for m in modules]
+            try:
+                with torch.no_grad():
+                    forward(model, take(inputs, torch.zeros(n, dtype=torch.int64)))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            shapes.append(seen)
+        self.found = {
+            key: len(shape) > 2 and shape[1] != shapes[1][key][1]
+            for key, shape in shapes[0].items()
+            if key in shapes[1]
+        }
+
+
 @contextmanager
 def _recording(
     model: nn.Module,
@@ -328,6 +365,7 @@ def _recording(
     uses: list[Use],
     b: int,
     projections: dict[nn.MultiheadAttention, InProjection],
+    layouts: Layouts,
 ) -> Iterator[None]:
     """Calls of hooked layers on b examples go to ``uses``; attention runs by its projection."""
 
@@ -335,9 +373,9 @@ def _recording(
         a = args[0] if args else kwargs.get("input")
         if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad:
             a, shape = a.detach(), output.shape
-            # Where both dimensions fit, the first is taken; a wrong guess fails the probe.
             second = _kind(module) in _SEQUENCES and len(shape) > 2 and shape[1] == b != 0
-            second = second and shape[0] % b != 0
+            if second and shape[0] % b == 0:  # both dimensions fit
+                second = layouts.second(module)
             if second:
                 a = a.transpose(0, 1)
                 shape = torch.Size((shape[1], shape[0], *shape[2:]))
@@ -382,6 +420,7 @@ class Engine:
     params: dict[str, nn.Parameter]
     plans: dict[Signature, Plan] = field(default_factory=dict)
     whole: bool = False  # attention runs as the model has it
+    layouts: Layouts = field(default_factory=Layouts)
 
     @cached_property
     def device(self) -> torch.device:
@@ -442,8 +481,12 @@ class Engine:
     def _record(self, inputs: Inputs) -> Trace:
         uses: list[Use] = []
         projections = {} if self.whole else self.projections
-        with _recording(self.model, set(self.names), uses, rows(inputs), projections):
+        wanted = set(self.names)
+        with _recording(self.model, wanted, uses, rows(inputs), projections, self.layouts):
             f = forward(self.model, inputs)
+        if self.layouts.asked and self.layouts.found is None:
+            self.layouts.find(self.model, inputs)
+            return self._record(inputs)
         if f.ndim != 2:
             raise ValueError(f"expected outputs of shape (B, C), got {tuple(f.shape)}")
         return Trace(self, inputs, f, uses)
@@ -461,7 +504,7 @@ class Engine:
         plain: the model's outputs on them, nothing recorded and nothing swapped.
 
         Only every second example has a direction for autograd, so that a layer whose first
-        dimension is not the batch (sequence-first) is found out, too.
+        dimension is not the batch is found out, too, where it was taken for the batch.
         """
         probe = self._record(few)
         generator = torch.Generator().manual_seed(0)
