@@ -105,7 +105,8 @@ def match_with_constant(rows: Tensor, k: int, scale: Scale | None = None) -> Com
     scatter C of the features, each weighted by lambda. The K points (v_k, 1), of equal curvature
     s / K, have that mass and mean exactly, and of C the K - 1 leading directions: the rows
     sqrt(s) (mu, 1) and sigma_j (q_j, 0), rotated until the constant is the same in all, which
-    changes no Gram matrix. They lie in the data's own range, where unit vectors have no constant.
+    changes no Gram matrix and spreads each direction over all points (``_level``). They stay nearer
+    to the data than unit vectors, which have no constant.
 
     scale takes vectors (K, P + 1). Raises as ``match_closed_form``, and ValueError where the
     constant is 0 throughout.
