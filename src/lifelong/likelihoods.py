@@ -73,9 +73,11 @@ class Likelihood(Protocol):
 def require_likelihood(likelihood: object) -> None:
     """Raise TypeError for what is no likelihood, such as a class without its parentheses.
 
-    One of the user's own need not have all: the empirical Fisher asks for the residual alone.
+    One of the user's own need not have all: the empirical Fisher asks for the residual alone, a
+    predictive for the mean and the Hessian.
     """
-    if isinstance(likelihood, type) or not hasattr(likelihood, "residual"):
+    known = hasattr(likelihood, "residual") or hasattr(likelihood, "mean")
+    if isinstance(likelihood, type) or not known:
         raise TypeError(
             f"expected a likelihood such as Categorical(), got {likelihood!r}"
             + ("; add the parentheses" if isinstance(likelihood, type) else "")
