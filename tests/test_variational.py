@@ -672,7 +672,10 @@ def on_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_are_one_run_of_two_passes(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("spawn")
-    workers = [processes.Process(target=on_rank, args=(r, str(tmp_path))) for r in range(2)]
+    # Daemons: ranks that wait for each other must not keep the tests from ending.
+    workers = [
+        processes.Process(target=on_rank, args=(r, str(tmp_path)), daemon=True) for r in range(2)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
