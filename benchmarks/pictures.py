@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lifelong
-from lifelong import Categorical, Examples, Gaussian, Posterior, plots
-from lifelong.jacobians import kernel, leverage, per_example_jacobian
+from lifelong import Categorical, Examples, Gaussian, Posterior, plots, sensitivities
+from lifelong.jacobians import kernel
 from lifelong.metrics import calibration_bins
 from lifelong.toys import digits
 
@@ -80,18 +80,15 @@ def trained(data: Examples, config: Config, epochs: int) -> Iterator[nn.Sequenti
         yield model
 
 
-def variance(model: nn.Module, data: Examples, config: Config) -> dict[str, Tensor]:
-    return Posterior.laplace(
-        model, data, LIKELIHOOD, prior_precision=config.prior_precision
-    ).variance()
+def laplace(model: nn.Module, data: Examples, config: Config) -> Posterior:
+    return Posterior.laplace(model, data, LIKELIHOOD, prior_precision=config.prior_precision)
 
 
-@torch.no_grad()
 def sensitivity(model: nn.Module, data: Examples, config: Config) -> Tensor:  # (N,)
-    """sum_c |p_c (1 - p_c) v_c (p_c - y_c)|: what leaving an example out changes about itself."""
-    v = leverage(model, data.inputs, LIKELIHOOD, variance(model, data, config))
-    p = model(data.inputs).softmax(-1)
-    return (p * (1 - p) * v * (p - F.one_hot(data.labels, 10))).abs().sum(-1)
+    """sum_c |change of p_c|: what leaving an example out changes about its own prediction."""
+    posterior = laplace(model, data, config)
+    found = sensitivities(model, data, LIKELIHOOD, posterior.curvature, config.prior_precision)
+    return found.score("mean")
 
 
 # ----------------------------------------------------------- softmax regression, solved by Newton
@@ -185,12 +182,8 @@ def regression(config: Config) -> dict[str, Tensor]:
     posterior = Posterior.laplace(model, Examples(x[:, None], y[:, None]), Gaussian(noise),
                                   prior_precision=delta, structure="dense")  # fmt: skip
     grid = torch.linspace(-5.5, 5.5, 221, dtype=x.dtype)
-    J = per_example_jacobian(model, grid[:, None])
-    flat = torch.cat([J[name].flatten(1) for name in posterior.curvature.shapes], 1)
-    G = posterior.curvature.matrix
-    covariance = torch.linalg.inv(G + delta * torch.eye(len(G), dtype=G.dtype))
-    sd = torch.einsum("np,pq,nq->n", flat, covariance, flat).sqrt()
-    mean = model(grid[:, None])[:, 0].detach()
+    told = posterior.predictive(model, grid[:, None], Gaussian(noise))
+    mean, sd = told.mean[:, 0], told.epistemic[:, 0, 0].sqrt()
     return {"x": grid, "mean": mean, "sd": sd, "noise": torch.tensor(noise), "data_x": x,
             "data_y": y, "truth": torch.sin(1.5 * grid)}  # fmt: skip
 
@@ -210,7 +203,7 @@ def draw(config: Config, say: Callable[[str], None]) -> tuple[dict[str, Figure],
     numbers["network"] = {"test_accuracy": accuracy}
     say(f"network: test accuracy {accuracy:.3f}")
 
-    spread = variance(model, train, config)
+    spread = laplace(model, train, config).variance()
     scores = lifelong.identify(model, train, LIKELIHOOD, score="leverage", variance=spread)
     figures["memorable-examples"] = plots.memorable_examples(
         train.inputs, scores, labels=train.labels, score_name="leverage"
