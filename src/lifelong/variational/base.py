@@ -44,7 +44,7 @@ class Variational(torch.optim.Optimizer):
 
     def gaussian(self, names: Mapping[int, str]) -> Posterior:
         """The posterior, with id(parameter) -> name; ``gaussian_posterior`` is the way in."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of Gaussian has its own
 
     def require_mean(self) -> None:
         """Raise RuntimeError where the weights are a sample."""

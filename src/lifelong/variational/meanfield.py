@@ -180,7 +180,8 @@ class MeanField(Variational):
         state["statistic_sum"].add_(statistic, alpha=weight)
 
     def _statistic(self, grad: Tensor, noise: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What a pass tells of the curvature, summed over passes."""
+        raise NotImplementedError  # noise times gradient, or squares: the method's own
 
     # ------------------------------------------------------------------ steps
 
@@ -256,7 +257,8 @@ class MeanField(Variational):
     def _update(
         self, p: Tensor, grad: Tensor, statistic: Tensor, group: Mapping[str, Any], state: Any
     ) -> None:
-        raise NotImplementedError
+        """One parameter's step, from the means over the passes."""
+        raise NotImplementedError  # the method's own
 
 
 class IVON(MeanField):
