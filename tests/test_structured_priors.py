@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import lifelong
 from lifelong import Categorical, Examples, Gaussian, Prior, Regulariser
-from lifelong.adapt import _is_indefinite
 from lifelong.curvature import BlockDiagonal, Curvature, estimate
 from lifelong.recall import Pass, fit_curvature
 from lifelong.recipe import Fitted, Recipe
+from lifelong.removal import _is_indefinite
 from lifelong.testing import cases, laws
 
 EXACT = ("kronecker", "eigen_kronecker", "block", "low_rank")  # for a linear layer, Gaussian noise

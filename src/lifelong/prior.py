@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapt, checkpoint, likelihoods, recall
+from . import checkpoint, likelihoods, recall, removal
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
@@ -64,6 +64,8 @@ from .terms import (
     term_state,
 )
 from .terms import to as move_term
+from .transfer import NewClasses, transfer_curvature
+from .transfer import transfer as _transfer
 
 _IN_MEMORY = (MemoryTerm, KernelTerm)
 
@@ -543,7 +545,7 @@ class Prior:
                 "a sum of priors has several anchors, so nothing tells where these examples were "
                 "learned; forget from each prior before adding them"
             )
-        terms, count = adapt.forget(
+        terms, count = removal.forget(
             self.terms,
             self.recipe,
             over,
@@ -559,7 +561,7 @@ class Prior:
         model: nn.Module,
         *,
         parameters: Mapping[str, str] | None = None,
-        new_classes: adapt.NewClasses = "zero",
+        new_classes: NewClasses = "zero",
         allow_unmatched: bool = False,
     ) -> Prior:
         """The same past for another model.
@@ -579,7 +581,7 @@ class Prior:
         grows = new_classes == "zero" and any(
             isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in self.terms
         )
-        terms = adapt.transfer(
+        terms = _transfer(
             self.terms,
             model,
             names=parameters,
@@ -597,10 +599,10 @@ class Prior:
                 f"remembered {type(self.likelihood).__name__} outputs have no value that says "
                 "nothing of a new output; keep the number of outputs, or start a fresh prior"
             )
-        curvature = adapt.transfer_curvature(self.curvature, model, parameters)
+        curvature = transfer_curvature(self.curvature, model, parameters)
         return replace(self, terms=terms, curvature=curvature)
 
-    def grow(self, model: nn.Module, *, new_classes: adapt.NewClasses = "zero") -> Prior:
+    def grow(self, model: nn.Module, *, new_classes: NewClasses = "zero") -> Prior:
         """``transfer`` to the same model after its head was given more outputs."""
         return self.transfer(model, new_classes=new_classes)
 
