@@ -18,8 +18,8 @@ which is the objective of all the past, at every f, up to a constant. From it fa
     Hinge                           the support vector machine with C = 1 / delta
 
 and the four adaptations: a new example is a row (f*(x), its residual there); a forgotten one is a
-row less; R is a term of its own; and the rows say what the function is to be at the inputs, whatever
-the kernel. Each edit is followed by a refit from the anchor, which makes the next one.
+row less; R is a term of its own; and the rows say what the function is to be at the inputs, by
+whatever kernel. Each edit is followed by a refit from the anchor, which makes the next one.
 
 Examples that are not kept leave their gradient and their curvature, projected on the span of those
 that are (``KernelPrior.memorise``). Everything is in float64; matrices are (M C, M C), so a memory
@@ -197,8 +197,8 @@ class KernelPrior:
     radius: minima within this distance of f*, in the norm of H, are those of *all* examples; inf
         where all are kept, negative where nothing is certain. cost: of the last change.
 
-    Raises ValueError where precision is not positive and finite, TypeError for what is no
-    likelihood, or one without a Hessian.
+    Raises ValueError where precision is not positive and finite or num_outputs below 1, TypeError
+    for what is no likelihood, or one without a Hessian.
     """
 
     kernel: Kernel
@@ -216,6 +216,8 @@ class KernelPrior:
     def __post_init__(self) -> None:
         if not (self.precision > 0 and math.isfinite(self.precision)):
             raise ValueError(f"precision must be positive and finite, got {self.precision}")
+        if self.num_outputs < 1:
+            raise ValueError(f"num_outputs must be at least 1, got {self.num_outputs}")
         if not isinstance(self.likelihood, Hinge):
             require_hessian(self.likelihood, "a kernel machine")
 
@@ -258,12 +260,14 @@ class KernelPrior:
     def __call__(self, machine: KernelMachine) -> Tensor:
         """P(f) in nats, a scalar with a gradient in the machine's coefficients.
 
-        At the anchor it is ½ delta ‖f*‖²_H. Raises ValueError for another kernel.
+        At the anchor it is ½ delta ‖f*‖²_H. Raises ValueError for another kernel or number of
+        outputs.
         """
-        if machine.kernel != self.kernel:
+        outputs = machine.coefficients.shape[1]
+        if machine.kernel != self.kernel or outputs != self.num_outputs:
             raise ValueError(
-                f"the prior is of functions of {self.kernel}, got one of {machine.kernel}; "
-                "call prior.transfer(kernel=...) first"
+                f"the prior is of functions with {self.num_outputs} outputs by {self.kernel}, got "
+                f"one with {outputs} by {machine.kernel}; call prior.transfer(kernel=...) first"
             )
         value = 0.5 * self.precision * machine.squared_norm
         return value if self.beliefs is None else value + self._past(machine(self.beliefs.inputs))
@@ -425,7 +429,8 @@ class KernelPrior:
         b = self.beliefs
         if b is None:
             return replace(self, kernel=kernel)
-        inputs = _exact(b.inputs if features is None else features(b.inputs))
+        # A copy: a view of some columns would keep the others.
+        inputs = b.inputs if features is None else _exact(features(b.inputs)).clone()
         if len(inputs) != len(b):
             raise ValueError(f"features made {len(inputs)} inputs of {len(b)}, expected as many")
         gram = _between(kernel, inputs, inputs)
@@ -489,7 +494,7 @@ class KernelPrior:
             return replace(self, cost=replace(cost, seconds=time.perf_counter() - began))
         b = self.beliefs
         if isinstance(self.likelihood, Hinge):
-            r, steps, evaluations = self._quadratic_programme()
+            r, steps, evaluations = self._quadratic_programme(warm=bool(start.any()))
             g = self.gradient
             alpha = -(r if g is None else r + g) / self.precision
             f = b.gram @ alpha
@@ -531,7 +536,7 @@ class KernelPrior:
             evaluations += 1
         for step in range(max_iterations):
             w = self._bend(k @ alpha)
-            # K alpha is known to eps |K| |alpha|, where large coefficients cancel: no step sees below.
+            # Large coefficients cancel in K alpha, and leave it known to eps |K| |alpha| only.
             blur = _EPS * (w.abs() @ (k.abs() @ alpha.abs()).flatten()).reshape(e.shape)
             rounding = _norm(k.abs(), blur)
             if size <= tolerance * scale + rounding:
@@ -555,7 +560,7 @@ class KernelPrior:
             "precision, or look for outputs that overflow (counts, kernels of a high degree)"
         )
 
-    def _quadratic_programme(self) -> tuple[Tensor, int, int]:
+    def _quadratic_programme(self, *, warm: bool) -> tuple[Tensor, int, int]:
         """The residuals -a y at the minimum of a hinge prior, by its dual, output by output:
 
         min_a ½ ‖sum_i (a_i y_i - g_i) k(., x_i)‖²_H / delta - sum_i a_i,   0 <= a <= 1.
@@ -569,7 +574,7 @@ class KernelPrior:
             if self.gradient is not None:
                 linear = linear + y * (b.gram @ self.gradient[:, c]) / delta
             q = y.unsqueeze(1) * b.gram * y / delta
-            a, own = _minimise_in_box(q, linear, r.abs())
+            a, own = _minimise_in_box(q, linear, r.abs() if warm else None)
             found.append(-a * y)
             steps, evaluations = max(steps, own), max(evaluations, own + 1)
         return torch.stack(found, 1), steps, evaluations
@@ -625,7 +630,8 @@ class KernelPrior:
         g, w = self.gradient, self.curvature
         if carry:
             dropped = (~keep).unsqueeze(1) * b.residuals
-            g = dropped if g is None else g + dropped
+            if bool(dropped.any()):
+                g = dropped if g is None else g + dropped
             if not isinstance(self.likelihood, Hinge):
                 h = (~keep).reshape(-1, 1, 1) * self.likelihood.hessian(b.outputs)
                 w = torch.block_diag(*h) if w is None else w + torch.block_diag(*h)
@@ -642,26 +648,29 @@ class KernelPrior:
         x, y, known = _read(data, None, 0)
         chosen = torch.isin(known, ids)
         x, y = x[chosen], y[chosen]
-        f = self.machine(x)
-        self.likelihood.validate(f, y)
         if isinstance(self.likelihood, Hinge):
-            if bool((self.likelihood.signs(f, y) * f <= 1).any()):
-                raise ValueError(
-                    "some of these examples are support vectors now and are not remembered, so "
-                    "nothing tells their share of f; remember all support vectors, or learn anew"
-                )
-            return self, f.numel()  # the others have no share
+            if self.gradient is None:
+                return self, 0  # no support vectors were dropped, and the others left nothing
+            raise ValueError(
+                "support vectors were dropped, and nothing tells how much each of them left; "
+                "forget them while they are remembered, or learn anew from the data that stay"
+            )
         b, w = self.beliefs, self.curvature
         if b is None or w is None:
             raise ValueError(
                 f"ids {ids[:10].tolist()} were never learned: nothing was dropped from the memory"
             )
         cross = _between(self.kernel, x, b.inputs)
+        f = cross @ self._coefficients
+        self.likelihood.validate(f, y)
         spanned = _spanned(cross, b.gram)
         r = spanned.T @ self.likelihood.residual(f, y)
         h = _seen(torch.block_diag(*self.likelihood.hessian(f)), spanned, self.num_outputs)
         left = w - h
-        if float(torch.linalg.eigvalsh(left)[0]) < -1e-8 * float(torch.linalg.eigvalsh(w)[-1]):
+        # Only on functions of H: a memory with more points than its span is wide has other values.
+        root = _root(b.gram, self.num_outputs)
+        before, after = (torch.linalg.eigvalsh(root @ v @ root) for v in (w, left))
+        if float(after[0]) < -1e-8 * float(before[-1]):
             raise ValueError(
                 "without these examples the curvature would be indefinite: they were not learned, "
                 "were forgotten before, or f has moved since they were dropped; learn anew from "
@@ -769,13 +778,10 @@ class KernelPrior:
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""
-        hinge = isinstance(self.likelihood, Hinge)
         for value, module in ((self.kernel, kernels), (self.likelihood, likelihoods)):
-            if type(value).__module__ != module.__name__ and not (
-                hinge and value is not self.kernel
-            ):
+            if type(value).__module__ != module.__name__ and not isinstance(value, Hinge):
                 raise TypeError(
-                    f"{value!r} cannot be saved, since a file holds names and numbers only; use one "
+                    f"{value!r} cannot be saved: a file holds names and numbers only; expected one "
                     f"of {module.__name__}"
                 )
         b = self.beliefs
@@ -822,7 +828,7 @@ def _read(data: Data, ids: Tensor | None, next_id: int) -> tuple[Tensor, Tensor,
     if not isinstance(x, Tensor):
         raise TypeError("a kernel reads one tensor of inputs, got a dict; stack what it needs")
     if ids is not None:
-        own = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        own = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).clone()
     elif isinstance(data, Examples):
         own = torch.cat([part.ids for part in parts])
     else:
@@ -879,6 +885,13 @@ def _spanned(cross: Tensor, gram: Tensor) -> Tensor:
     return cross @ torch.linalg.pinv(gram, rtol=_RANK, hermitian=True)
 
 
+def _root(gram: Tensor, c: int) -> Tensor:
+    """The symmetric root of K ⊗ I, (M C, M C)."""
+    values, vectors = torch.linalg.eigh(gram)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return torch.kron(root, torch.eye(c, dtype=gram.dtype, device=gram.device))
+
+
 def _seen(w: Tensor, spanned: Tensor, c: int) -> Tensor:
     """(T ⊗ I)ᵀ W (T ⊗ I): a curvature in the outputs of the memory, T (N, M) from ``_spanned``."""
     n, m = spanned.shape
@@ -902,22 +915,23 @@ def _pivots(a: Tensor, size: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _minimise_in_box(q: Tensor, b: Tensor, a: Tensor) -> tuple[Tensor, int]:
+def _minimise_in_box(q: Tensor, b: Tensor, a: Tensor | None = None) -> tuple[Tensor, int]:
     """min ½ aᵀ Q a - bᵀ a over 0 <= a <= 1, Q positive semi-definite: (a, systems solved).
 
     From the bounds that are active in ``a``, one after another, which takes few steps after a small
-    change; where it is a large one, by an interior point, which tells nearly all of them at once.
-    The end is told by the duality gap, which is a sum of terms that are not negative, so that no
-    digit cancels; ½ delta ‖f - f'‖²_H is below it. Raises RuntimeError where the gap stays above
-    what rounding explains.
+    change; after a large one, or from nothing, by an interior point, which tells nearly all bounds
+    at once. The end is told by the duality gap, which is a sum of terms that are not negative, so
+    that no digit cancels; ½ delta ‖f - f'‖²_H is below it. Raises RuntimeError where the gap stays
+    above what rounding explains.
     """
-    box = _Box(q, b)
-    a, steps = box.active_set(a.clamp(0, 1), 100)
-    if not box.done(a):
+    box, steps = _Box(q, b), 0
+    if a is not None:
+        a, steps = box.active_set(a.clamp(0, 1), 100)
+    if a is None or not box.done(a):
         inner, more = box.interior()
         polished, last = box.active_set(inner, 100)
         steps += more + last
-        a = min(a, inner, polished, key=box.gap)
+        a = min(inner, polished, *(() if a is None else (a,)), key=box.gap)
     if box.gap(a) > 1e4 * box.rounding(a):
         raise RuntimeError(
             f"the duality gap stopped at {box.gap(a):.2g} nats; raise the precision (a softer "
@@ -982,7 +996,8 @@ class _Box:
         v, s = 1 - a, self.q @ a - self.b
         margin = s.abs().mean().clamp(min=1.0)
         z, w = F.relu(s) + margin, F.relu(-s) + margin
-        for step in range(max_iterations):
+        step = 0
+        while step < max_iterations:
             mu = (a @ z + v @ w) / (2 * len(a))
             if 2 * len(a) * float(mu) <= self.rounding(a):
                 break
@@ -1004,8 +1019,7 @@ class _Box:
                     centre = float((ahead / (2 * len(a) * mu)) ** 3 * mu)
             length = min(1.0, 0.995 * length)
             a, v, z, w = a + length * da, v - length * da, z + length * dz, w + length * dw
-        else:
-            step = max_iterations
+            step += 1
         # Beyond their multipliers lies the bound.
         a = torch.where(a < z * _EPS**0.25 / self.size, 0.0, a)
         return torch.where(v < w * _EPS**0.25 / self.size, 1.0, a).clamp(0, 1), step
