@@ -772,6 +772,8 @@ def test_kernels_are_their_formulas():
         }
         for kernel, value in expected.items():
             torch.testing.assert_close(kernel(a, b)[i, j], value)
+    assert Linear()(a[:0], b).shape == (0, 3)
+    assert torch.equal(Linear()(a[:, 0], b[:, 0]), torch.outer(a[:, 0], b[:, 0]))
     points = torch.cat([a, a])
     assert torch.equal(RBF(1e-6)(points, points), torch.eye(4, dtype=F64).repeat(2, 2))
 

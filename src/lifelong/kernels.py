@@ -88,7 +88,7 @@ class Polynomial:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).double()
+    return (x.flatten(1) if x.ndim > 1 else x.unsqueeze(1)).double()
 
 
 def _require(name: str, value: float, *, zero: bool = False) -> None:
