@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import kernel_methods as benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import lsq_linear
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as gp
 from sklearn.svm import SVC
@@ -98,7 +98,7 @@ def retrain(likelihood: Any, k: Tensor, y: Tensor, precision: float) -> Tensor:
         return torch.linalg.solve(k + noise, y.reshape(len(k), -1))
     if isinstance(likelihood, Hinge):
         columns = y.reshape(len(k), -1).unbind(1)
-        return torch.stack([bounded_least_squares(k, c, precision) for c in columns], 1)
+        return torch.stack([benchmark.bounded_least_squares(k, c, precision) for c in columns], 1)
     root = torch.linalg.cholesky(k)
     outputs = 3 if isinstance(likelihood, Categorical) else 1
     model = nn.Linear(len(k), outputs, bias=False, dtype=F64)
@@ -110,17 +110,6 @@ def retrain(likelihood: Any, k: Tensor, y: Tensor, precision: float) -> Tensor:
 
     reference.minimise(model, loss, tolerance=1e-10, max_iter=20)
     return torch.linalg.solve_triangular(root.T, model.weight.detach().T, upper=True)
-
-
-def bounded_least_squares(k: Tensor, y: Tensor, precision: float) -> Tensor:
-    """The dual of a support vector machine, ½ aᵀ Q a - sum a, as ½ ‖R a - R⁻ᵀ 1‖²."""
-    q = y.unsqueeze(1) * k * y / precision
-    r = torch.linalg.cholesky(q).T
-    target = torch.linalg.solve_triangular(r.T, torch.ones(len(q), 1, dtype=F64), upper=False)
-    found = lsq_linear(
-        r.numpy(), target.squeeze(1).numpy(), (0, 1), method="bvls", tol=1e-15, max_iter=2000
-    )
-    return torch.from_numpy(found.x) * y / precision
 
 
 def libsvm(k: Tensor, y: Tensor, precision: float) -> Tensor:
@@ -914,3 +903,22 @@ def test_a_minimum_that_is_not_reached_is_an_error(monkeypatch):
     monkeypatch.setattr(kernel_methods._Box, "active_set", lambda box, a, steps: (a, 0))
     with pytest.raises(RuntimeError, match="the duality gap stopped at .* nats"):
         small_prior(Hinge())
+
+
+# ------------------------------------------------------------------ the benchmark
+
+
+@pytest.mark.parametrize("machine", benchmark.MACHINES)
+def test_the_benchmark_measures(machine):
+    likelihood = benchmark.MACHINES[machine][0]
+    past, new, test = (
+        Examples(3 * normal(n, 140, seed=n), labels(likelihood, normal(n, seed=n + 1), 0), ids)
+        for n, ids in ((20, torch.arange(20)), (4, torch.arange(50, 54)), (15, torch.arange(15)))
+    )
+    if machine != "logistic":
+        assert max(benchmark.exact(machine, past, new, test.inputs).values()) < 1e-9
+    found = benchmark.memory(machine, past, new, test)
+    assert all(found["1"][name]["error"] < 1e-9 for name in ADAPTATIONS)
+    assert all(found["1"][name]["certified"] for name in ADAPTATIONS)
+    assert found["0.1"]["add"]["error"] > 1e-3
+    assert set(benchmark.steps(machine, past, new)) == set(ADAPTATIONS)
