@@ -137,7 +137,7 @@ def memory(machine: str, data: Examples, new: Examples, test: Examples) -> dict[
     """By share of the examples that is remembered: error and test accuracy of each adaptation."""
     full, past = learned(machine, data)
     nonzero = int((full.machine.coefficients != 0).sum())
-    sizes = {f"{s:g}": max(1, round(s * len(data))) for s in SHARES}
+    sizes = {f"{s:g}": max(2, round(s * len(data))) for s in SHARES}
     if machine == "svm":
         sizes |= {"support vectors": nonzero}
     z, odd = torch.as_tensor(test.inputs), test.labels > 0
