@@ -200,9 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    small, large = (
-        ((20, 6, 20), (30, 6, 20)) if options.smoke else ((150, 30, 300), (500, 50, 1000))
-    )
+    small, large = ((20, 6, 20), (30, 6, 20)) if options.smoke else ((80, 20, 300), (300, 30, 1000))
 
     def log(line: str) -> None:
         stamped = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {line}"
