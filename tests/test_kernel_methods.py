@@ -555,7 +555,7 @@ def test_quadratic_programmes_of_any_rank_end_at_a_stationary_point(n, rank, siz
     rows = normal(n, rank, seed=seed) * 10**size
     q, b = rows @ rows.T, 1 + 0.5 * normal(n, seed=seed + 1)
     start = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=F64).round()
-    a, _ = kernel_methods._minimise_in_box(q, b, start if warm else None)
+    a, _ = kernel_methods._minimise_in_box(q, b, start, 20 if warm else 0)
     assert bool(((a >= 0) & (a <= 1)).all())
     s = q @ a - b
     scale = float((q.abs() @ a + b.abs()).max())

@@ -345,7 +345,8 @@ class KernelPrior:
             num_data=self.num_data + len(x),
             next_id=max(self.next_id, int(new_ids.max()) + 1),
         )
-        return edited._minimum(start, Cost(kernel_entries=entries), began)._away(start, gram)
+        after = edited._minimum(start, Cost(kernel_entries=entries), began, changed=len(x))
+        return after._away(start, gram)
 
     @torch.no_grad()
     def forget(self, ids: Tensor | list[int], data: Data | None = None) -> KernelPrior:
@@ -378,7 +379,9 @@ class KernelPrior:
         if self.beliefs is None:
             return edited
         start = self._coefficients
-        after = edited._minimum(start[~gone], Cost(kernel_entries=entries), began)
+        after = edited._minimum(
+            start[~gone], Cost(kernel_entries=entries), began, changed=int(gone.sum())
+        )
         return after._away(start, self.beliefs.gram, at=~gone)
 
     @torch.no_grad()
@@ -488,13 +491,18 @@ class KernelPrior:
 
     # ---------------------------------------------------------------- the minimum
 
-    def _minimum(self, start: Tensor, cost: Cost, began: float) -> KernelPrior:
-        """The same function of f, up to a constant, told from its minimum: a new anchor."""
+    def _minimum(
+        self, start: Tensor, cost: Cost, began: float, *, changed: int | None = None
+    ) -> KernelPrior:
+        """The same function of f, up to a constant, told from its minimum: a new anchor.
+
+        start: coefficients to begin with; changed: how many rows came or went, None for all.
+        """
         if self.beliefs is None:
             return replace(self, cost=replace(cost, seconds=time.perf_counter() - began))
         b = self.beliefs
         if isinstance(self.likelihood, Hinge):
-            r, steps, evaluations = self._quadratic_programme(warm=bool(start.any()))
+            r, steps, evaluations = self._quadratic_programme(changed)
             g = self.gradient
             alpha = -(r if g is None else r + g) / self.precision
             f = b.gram @ alpha
@@ -560,7 +568,7 @@ class KernelPrior:
             "precision, or look for outputs that overflow (counts, kernels of a high degree)"
         )
 
-    def _quadratic_programme(self, *, warm: bool) -> tuple[Tensor, int, int]:
+    def _quadratic_programme(self, changed: int | None) -> tuple[Tensor, int, int]:
         """The residuals -a y at the minimum of a hinge prior, by its dual, output by output:
 
         min_a ½ ‖sum_i (a_i y_i - g_i) k(., x_i)‖²_H / delta - sum_i a_i,   0 <= a <= 1.
@@ -568,13 +576,14 @@ class KernelPrior:
         b, delta = self._known, self.precision
         signs = Hinge().known(b.outputs, b.residuals)
         found, steps, evaluations = [], 0, 0
+        few = 0 if changed is None or 4 * changed > len(b) else 10 + 2 * changed
         for c in range(self.num_outputs):
             y, r = signs[:, c], b.residuals[:, c]
             linear = torch.ones_like(y)
             if self.gradient is not None:
                 linear = linear + y * (b.gram @ self.gradient[:, c]) / delta
             q = y.unsqueeze(1) * b.gram * y / delta
-            a, own = _minimise_in_box(q, linear, r.abs() if warm else None)
+            a, own = _minimise_in_box(q, linear, r.abs(), few)
             found.append(-a * y)
             steps, evaluations = max(steps, own), max(evaluations, own + 1)
         return torch.stack(found, 1), steps, evaluations
@@ -915,23 +924,21 @@ def _pivots(a: Tensor, size: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _minimise_in_box(q: Tensor, b: Tensor, a: Tensor | None = None) -> tuple[Tensor, int]:
+def _minimise_in_box(q: Tensor, b: Tensor, a: Tensor, few: int = 0) -> tuple[Tensor, int]:
     """min ½ aᵀ Q a - bᵀ a over 0 <= a <= 1, Q positive semi-definite: (a, systems solved).
 
-    From the bounds that are active in ``a``, one after another, which takes few steps after a small
-    change; after a large one, or from nothing, by an interior point, which tells nearly all bounds
-    at once. The end is told by the duality gap, which is a sum of terms that are not negative, so
+    First ``few`` steps from the bounds that are active in ``a``, one after another, enough after a
+    small change and small systems; else by an interior point, which tells nearly all bounds at once. The end is told by the duality gap, which is a sum of terms that are not negative, so
     that no digit cancels; ½ delta ‖f - f'‖²_H is below it. Raises RuntimeError where the gap stays
     above what rounding explains.
     """
-    box, steps = _Box(q, b), 0
-    if a is not None:
-        a, steps = box.active_set(a.clamp(0, 1), 100)
-    if a is None or not box.done(a):
+    box = _Box(q, b)
+    a, steps = box.active_set(a.clamp(0, 1), few)
+    if not box.done(a):
         inner, more = box.interior()
         polished, last = box.active_set(inner, 100)
         steps += more + last
-        a = min(inner, polished, *(() if a is None else (a,)), key=box.gap)
+        a = min(a, inner, polished, key=box.gap)
     if box.gap(a) > 1e4 * box.rounding(a):
         raise RuntimeError(
             f"the duality gap stopped at {box.gap(a):.2g} nats; raise the precision (a softer "
