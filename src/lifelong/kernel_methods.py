@@ -927,10 +927,11 @@ def _pivots(a: Tensor, size: int) -> Tensor:
 def _minimise_in_box(q: Tensor, b: Tensor, a: Tensor, few: int = 0) -> tuple[Tensor, int]:
     """min ½ aᵀ Q a - bᵀ a over 0 <= a <= 1, Q positive semi-definite: (a, systems solved).
 
-    First ``few`` steps from the bounds that are active in ``a``, one after another, enough after a
-    small change and small systems; else by an interior point, which tells nearly all bounds at once. The end is told by the duality gap, which is a sum of terms that are not negative, so
-    that no digit cancels; ½ delta ‖f - f'‖²_H is below it. Raises RuntimeError where the gap stays
-    above what rounding explains.
+    First ``few`` steps from the bounds that are active in ``a``, one after another, which are
+    enough after a small change, and small systems; else by an interior point, which tells nearly
+    all bounds at once. The end is told by the duality gap, which is a sum of terms that are not
+    negative, so that no digit cancels; ½ delta ‖f - f'‖²_H is below it. Raises RuntimeError where
+    the gap stays above what rounding explains.
     """
     box = _Box(q, b)
     a, steps = box.active_set(a.clamp(0, 1), few)
