@@ -595,6 +595,16 @@ def test_kernels_near_singular_or_of_rank_three_do_no_harm(case, kernel):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("case", ["logistic", "Poisson", "three classes"])
+@pytest.mark.parametrize("far", [10.0, 100.0, 1e4])
+def test_a_start_that_is_far_off_does_no_harm(case, far):
+    """Counts whose rate begins at exp(100), or beyond all numbers."""
+    prior, batch = learned(case)
+    alpha, _, _ = prior._newton(far * normal(24, prior.num_outputs, seed=3))
+    f = KERNEL(batch.x, batch.x) @ alpha
+    torch.testing.assert_close(f, prior.machine(batch.x), rtol=1e-9, atol=1e-9)
+
+
 def test_float32_inputs_are_computed_in_float64():
     x, y = normal(20, 3), normal(20, seed=1)
     one = KernelPrior(KERNEL, Gaussian(0.1)).update((x.float(), y.float()))
