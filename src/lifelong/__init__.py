@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
     from .function_space import function_covariance, function_kernel
+    from .kernel_methods import Hinge, KernelMachine, KernelPrior
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -88,7 +89,10 @@ __all__ = [
     "Examples",
     "Gaussian",
     "GaussianProcess",
+    "Hinge",
     "Isotropic",
+    "KernelMachine",
+    "KernelPrior",
     "KernelTerm",
     "Kronecker",
     "Learner",
@@ -175,6 +179,7 @@ _MODULES = {
     "dnn2gp": ("GaussianProcess", "pseudo_data"),
     "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
     "function_space": ("function_covariance", "function_kernel"),
+    "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),
