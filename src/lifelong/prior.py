@@ -664,7 +664,7 @@ class Prior:
         if behind:
             warnings.warn(
                 f"the new model leaves behind what the past said of {len(behind)} parameters "
-                f"({', '.join(behind[:5])}{', ...' if len(behind) > 5 else ''}) ; what is in "
+                f"({', '.join(behind[:5])}{', ...' if len(behind) > 5 else ''}); what is in "
                 "memory it keeps",
                 stacklevel=2,
             )

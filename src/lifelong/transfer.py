@@ -5,7 +5,8 @@ Pure functions from terms to terms; ``Prior.transfer`` and ``.grow`` call them. 
     memory  D(f*, f) and l(y, f) need inputs and outputs alone, so they move to any model. Outputs
             are found by ``classes``; a class that is dropped takes its examples along, and the
             others' soft labels are renormalised over the classes that are kept.
-    g, G    follow the parameters that both models have (``curvature.follow``).
+    g, G    follow the parameters that both models have (``curvature.follow``). The weights of a
+            feature or unit that is dropped become 0, and g feels it through G: g + G d.
     R       is of the model that there is: new parameters get it, lost ones take it along.
 
 Where g cannot follow, the residuals r_i = h(f*_i) - t(y_i) that it carried are lost, unless labels
@@ -49,14 +50,16 @@ class Plan:
 
     current: its trained parameters. places: where each lies. classes: for each output the old
     one, None for a new one; ``None`` in place of all: the same outputs. dropped: old outputs that
-    are gone. lost: old parameters that none stands for. novel: whether some number of the new
-    model, other than those of a new output, has no counterpart.
+    are gone. outputs: the parameters whose rows are the outputs. lost: old parameters that none
+    stands for. novel: whether some number of the new model, other than those of a new output, has
+    no counterpart.
     """
 
     current: Params
     places: Places
     classes: tuple[int | None, ...] | None
     dropped: tuple[int, ...]
+    outputs: frozenset[str]
     lost: tuple[str, ...]
     novel: bool
 
@@ -89,14 +92,21 @@ def plan(
         heads = set(_head_parameters(model, current, memory, len(chosen or ()), head))
     index = None if chosen is None else torch.tensor([-1 if c is None else c for c in chosen])
     places = {n: Place(mapping.get(n), index if n in heads else None) for n in current}
-    outputs = (old, width) if width is not None and old is not None and width > old else None
+    if old is not None and width is not None and old != width and not moves:
+        # The leading outputs are the same, so a guess by size does: it decides no place.
+        heads = {
+            n
+            for n, p in current.items()
+            if _sizes(p, olds.get(places[n].old or "")) == (old, width)
+        }
     return Plan(
         current=current,
         places=places,
         classes=chosen,
         dropped=() if chosen is None or old is None else tuple(set(range(old)) - set(chosen)),
+        outputs=frozenset(heads),
         lost=() if known is None else tuple(sorted(known.keys() - set(mapping.values()))),
-        novel=any(_is_novel(p, places[n], olds, n in heads, outputs) for n, p in current.items()),
+        novel=any(_is_novel(p, places[n], olds, n in heads) for n, p in current.items()),
     )
 
 
@@ -269,9 +279,11 @@ def _head_parameters(
     return [n for n in candidates if n in alone and n in touched]
 
 
-def _is_novel(
-    new: Tensor, place: Place, olds: Params, head: bool, outputs: tuple[int, int] | None
-) -> bool:
+def _sizes(new: Tensor, old: Tensor | None) -> tuple[int, int] | None:
+    return None if old is None or not old.ndim or not new.ndim else (len(old), len(new))
+
+
+def _is_novel(new: Tensor, place: Place, olds: Params, of_outputs: bool) -> bool:
     """Whether a number of this parameter, not of a new output, has no old counterpart."""
     if place.old is None:
         return True
@@ -279,7 +291,6 @@ def _is_novel(
     if old.ndim != new.ndim:
         return True
     grown = [b > a for a, b in zip(old.shape, new.shape, strict=True)]
-    of_outputs = head or (outputs is not None and grown and (len(old), len(new)) == outputs)
     return any(grown[1:] if of_outputs else grown)
 
 
@@ -290,11 +301,32 @@ def _followed_weight(term: WeightTerm, how: Plan, *, leave: bool) -> tuple[Weigh
     zeros = {n: torch.zeros_like(p) for n, p in how.current.items()}
     gradient, curvature, lost = term.gradient, term.curvature, []
     if curvature is not None:
+        away = _dropped_features(term, how)
+        if away is not None:
+            slope = curvature.mv(away)
+            gradient = slope if gradient is None else plus(gradient, slope)
         curvature, lost = follow(curvature, how.current, how.places, leave=leave)
     anchor = followed(term.anchor, how.current, how.places)
     if gradient is not None:
         gradient = followed(gradient, zeros, how.places)
     return WeightTerm(anchor, gradient, curvature), lost
+
+
+def _dropped_features(term: WeightTerm, how: Plan) -> Params | None:
+    """d where the numbers that the new model lacks are 0, as the weight of a feature that is not
+    there, and the others at the anchor: the slope G d there is the others' new g. None where
+    nothing is dropped but outputs, of which a weight of 0 would say something."""
+    away = {n: torch.zeros_like(v) for n, v in term.anchor.items()}
+    for n, p in how.current.items():
+        old = how.places[n].old
+        if old not in away or old is None or p.ndim != away[old].ndim:
+            continue
+        kept = [slice(0, min(a, b)) for a, b in zip(away[old].shape, p.shape, strict=True)]
+        if n in how.outputs and kept:
+            kept[0] = slice(None)
+        away[old] = -term.anchor[old]
+        away[old][tuple(kept)] = 0.0
+    return away if any(bool(v.any()) for v in away.values()) else None
 
 
 def _without_residuals(
