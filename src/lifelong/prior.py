@@ -637,7 +637,15 @@ class Prior:
             terms = tuple(_converted(t, structure) for t in terms)
             curvature = None if curvature is None else _convert(curvature, structure)
             recipe = replace(recipe, structure=structure) if recipe.structure else recipe
-        how = plan(terms, model, names=parameters, classes=classes, head=head)
+        how = plan(
+            terms,
+            model,
+            names=parameters,
+            classes=classes,
+            head=head,
+            previous=previous,
+            allow_unmatched=allow_unmatched,
+        )
         grows = how.classes is not None and None in how.classes
         squares = any(isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in terms)
         require_classes(self.likelihood, how.classes)

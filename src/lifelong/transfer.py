@@ -34,7 +34,7 @@ from .errors import StaleAnchorError
 from .jacobians import gradient as data_gradient
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .memory import Memory
-from .models import Params, device_of, evaluating, forward, move, parameters, rows, take
+from .models import Params, device_of, evaluating, forward, move, parameters, rows, snapshot, take
 from .recall import Terms, by_head, plus
 from .recipe import Recipe
 from .removal import _at_anchor, _in_gradient
@@ -75,12 +75,16 @@ def plan(
     names: Mapping[str, str] | None = None,
     classes: Classes | None = None,
     head: Sequence[str] | None = None,
+    previous: nn.Module | None = None,
+    allow_unmatched: bool = False,
 ) -> Plan:
     """See ``Prior.transfer`` for the arguments and what is raised."""
     current = {n: p.detach() for n, p in parameters(model).items()}
     known = next((t.anchor for t in terms if isinstance(t, WeightTerm)), None)
-    olds = current if known is None else known
-    mapping = _mapping(current, olds, names)
+    olds = known
+    if olds is None:
+        olds = current if previous is None else snapshot(parameters(previous))
+    mapping = _mapping(current, olds, names, allow_unmatched)
     memory = next((t.memory for t in terms if isinstance(t, (MemoryTerm, KernelTerm))), None)
     old = width = None
     if memory is not None and len(memory):
@@ -184,9 +188,12 @@ def _counts_once(terms: Terms) -> bool:
 # -------------------------------------------------------------------- names and outputs
 
 
-def _mapping(current: Params, olds: Params, names: Mapping[str, str] | None) -> dict[str, str]:
+def _mapping(
+    current: Params, olds: Params, names: Mapping[str, str] | None, allow_unmatched: bool
+) -> dict[str, str]:
     if names is None:
-        return {n: n for n in current if n in olds}
+        alike = (n for n in current if n in olds)
+        return {n: n for n in alike if not allow_unmatched or current[n].ndim == olds[n].ndim}
     unknown = [n for n in names if n not in current] + [o for o in names.values() if o not in olds]
     if unknown:
         raise ValueError(
