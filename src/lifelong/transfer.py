@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .curvature import Curvature, Dense, Diagonal
 from .errors import StaleAnchorError
+from .groups import Share
 from .memory import Memory, reference_outputs
 from .models import Params, parameters, take
 from .recall import Terms
@@ -81,10 +82,20 @@ def _mapping(model: nn.Module, names: Mapping[str, str] | None) -> tuple[Params,
 def _transfer_weight(term: WeightTerm, current: Params, mapping: Mapping[str, str]) -> WeightTerm:
     zeros = {n: torch.zeros_like(p) for n, p in current.items()}
     gradient, curvature = term.gradient, term.curvature
+
+    def follow(share: Share) -> Share:
+        g, c = share.gradient, share.curvature
+        return Share(
+            share.count,
+            None if g is None else _followed(g, zeros, mapping),
+            None if c is None else _followed_curvature(c, current, mapping),
+        )
+
     return WeightTerm(
         _followed(term.anchor, current, mapping),
         None if gradient is None else _followed(gradient, zeros, mapping),
         None if curvature is None else _followed_curvature(curvature, current, mapping),
+        None if term.groups is None else term.groups.mapped(follow),
     )
 
 
