@@ -22,3 +22,7 @@ class NotRepeatableError(ValueError):
 
 class CheckpointError(ValueError):
     """A file is truncated, foreign, or of a version that cannot be read."""
+
+
+class ClippedWarning(UserWarning):
+    """A curvature was clipped to its positive part, so that less was taken out than was asked."""

@@ -35,7 +35,8 @@ from .curvature import from_state_dict as curvature_from_state_dict
 from .curvature.follow import follow
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
-from .errors import StaleAnchorError
+from .errors import ClippedWarning, StaleAnchorError
+from .groups import Groups
 from .likelihoods import Likelihood, require_likelihood
 from .memory import Memory, memorise
 from .models import (
@@ -54,6 +55,7 @@ from .named import named, unnamed
 from .path import PathIntegral
 from .recall import Pass, Terms
 from .recipe import Recipe
+from .removal import OnIndefinite
 from .scores import identify
 from .terms import (
     KernelTerm,
@@ -279,6 +281,8 @@ class Prior:
         *,
         head: Head | None = None,
         path: PathIntegral | None = None,
+        groups: Tensor | None = None,
+        max_groups: int = 100,
         generator: torch.Generator | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Prior:
@@ -287,6 +291,10 @@ class Prior:
         model: at the weights that were learned from ``data`` and this prior; read in eval mode.
         head: the class set of these examples; by default the one that the data carry.
         path: the ``PathIntegral`` that watched the training, where structure is "path".
+        groups: (N,) integers from 0, -1 for none: whose example each is (a customer, a hospital).
+        Its share of g and G is kept, as much again as g and G themselves for each group and so in
+        ``max_groups`` at most, for ``forget(model, groups=[k])`` without the data. A group may go
+        on in later tasks.
         batch_size: of the passes over the data; the result does not depend on it.
 
         Raises ValueError where the memory is larger than the task, labels lie outside of the
@@ -301,6 +309,8 @@ class Prior:
             items,
             head=head,
             path=path,
+            groups=groups,
+            max_groups=max_groups,
             generator=generator,
             batch_size=batch_size,
         )
@@ -376,6 +386,8 @@ class Prior:
         *,
         head: Head | None = None,
         path: PathIntegral | None = None,
+        groups: Tensor | None = None,
+        max_groups: int = 100,
         generator: torch.Generator | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Prior:
@@ -412,11 +424,22 @@ class Prior:
                 path=path,
             )
             g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
+            shares = removal.grouped(
+                past.terms,
+                recipe,
+                over,
+                groups,
+                held=held,
+                kept=kept,
+                evicted=evicted,
+                max_groups=max_groups,
+            )
         terms: list[Any] = [t for t in past.terms if isinstance(t, Regulariser)]
         in_weights = None if recipe.kernel else curvature
         # A gradient of 0 has an anchor too: what is forgotten later is taken out of it there.
-        if recipe.gradient != "none" or in_weights is not None or recipe.distil:
-            terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights))
+        anchored = recipe.gradient != "none" or in_weights is not None or shares is not None
+        if anchored or recipe.distil:
+            terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights, shares))
         if held is not None and len(held):
             each = (past.num_data + new) / (past.num_tasks + 1)
             terms.append(self._memory_term(model, held, curvature, each))
@@ -522,22 +545,65 @@ class Prior:
         *,
         task: int | None = None,
         ids: Tensor | None = None,
+        where: Callable[[Memory], Tensor] | None = None,
+        groups: Tensor | Sequence[int] | None = None,
         head: Head | None = None,
+        on_indefinite: OnIndefinite = "raise",
         batch_size: int = BATCH_SIZE,
     ) -> Prior:
         """Take examples out of the past; refit the model from the anchor afterwards.
 
         data: the examples, read again, with the ids they had. Those in memory are dropped, and
         their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
-        which is unbounded below). task, ids: which ones; enough where all are in memory.
+        which is unbounded below).
+        task, ids, where: which ones; all of them must hold, and they are enough where all are in
+        memory. where: memory -> (M,) bool, such as ``lambda memory: memory.labels == 3``.
         With both data and ids, only those of the data that have one of the ids are taken out.
+        groups: whole groups by number, whose shares ``update(..., groups=)`` kept: without data,
+        seen or not. Beside data: (N,), the group of each, and the shares shrink by them; a prior
+        with shares asks for it where the data are not in memory, or they would leave again
+        with their group.
+        on_indefinite: where G would turn indefinite, "raise", or "clip" it to its positive part
+        with a ClippedWarning: then less curvature leaves than came.
         The model's weights are set to the anchor meanwhile, and restored.
 
         Raises ValueError for examples that are neither given nor remembered, for ids that are
-        remembered of several tasks where ``task`` does not say which, for priors that mix their
-        examples (kernels, path integrals) or their anchors (sums), and where G would turn
-        indefinite.
+        remembered of several tasks where ``task`` does not say which, for groups that are not
+        known (so also for one forgotten twice), for priors that mix their examples (kernels, path
+        integrals) or their anchors (sums), and where G would turn indefinite.
         """
+        found = self._removal(
+            model,
+            data,
+            task=task,
+            ids=ids,
+            where=where,
+            groups=groups,
+            head=head,
+            on_indefinite=on_indefinite,
+            batch_size=batch_size,
+        )
+        if found.clipped:
+            warnings.warn(
+                f"G would have turned indefinite and was clipped to its positive part: "
+                f"{100 * found.clipped:.3g} % of the curvature to be removed stays in it",
+                ClippedWarning,
+                stacklevel=2,
+            )
+        return self._without(found)
+
+    def _removal(
+        self,
+        model: nn.Module,
+        data: Data | None,
+        *,
+        head: Head | None = None,
+        ids: Tensor | None = None,
+        groups: Tensor | Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+        **which: Any,
+    ) -> removal.Removal:
+        """What ``forget`` takes out, for ``unlearn``, whose audit counts it."""
         over = None
         if data is not None:
             require_repeatable(data)
@@ -547,16 +613,19 @@ class Prior:
                 "a sum of priors has several anchors, so nothing tells where these examples were "
                 "learned; forget from each prior before adding them"
             )
-        terms, count = removal.forget(
+        return removal.forget(
             self.terms,
             self.recipe,
             over,
             model=model,
             likelihood=self.likelihood,
-            task=task,
             ids=None if ids is None else torch.as_tensor(ids),
+            groups=None if groups is None else torch.as_tensor(groups),
+            **which,
         )
-        return replace(self, terms=terms, num_data=max(0, self.num_data - count))
+
+    def _without(self, found: removal.Removal) -> Prior:
+        return replace(self, terms=found.terms, num_data=max(0, self.num_data - found.count))
 
     def rebase(self, model: nn.Module) -> Prior:
         """The same past, seen from the model's present weights, as ``update`` sees it, but without
@@ -574,10 +643,15 @@ class Prior:
             curvature = recall.total_curvature(self.terms)
             g = {n: torch.zeros_like(p) for n, p in params.items()}
             terms: list[Any] = []
+            groups: Groups | None = None
             quadratic = any(isinstance(t, WeightTerm) for t in self.terms)
             for term in self.terms:
                 if isinstance(term, WeightTerm):
                     g = recall.plus(g, term.slope(params))
+                    if term.groups is not None:
+                        d = recall.plus(snapshot(params), term.anchor, -1.0)
+                        shares = term.groups.mapped(lambda share, d=d: share.rebased(d))
+                        groups = shares if groups is None else groups + shares
                     continue
                 if isinstance(term, MemoryTerm) and self.recipe.refresh and term.has_soft:
                     soft = replace(term, memory=term.memory.weighted(term.memory.soft_weight, 0.0))
@@ -585,7 +659,7 @@ class Prior:
                     term = replace(term, memory=term.memory.refresh(model))
                 terms.append(term)
         if quadratic:
-            terms.append(WeightTerm(snapshot(params), g, curvature))
+            terms.append(WeightTerm(snapshot(params), g, curvature, groups))
         return replace(self, terms=tuple(terms))
 
     def transfer(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .curvature.follow import Place, Places, follow, followed
 from .data import Head
 from .errors import StaleAnchorError
+from .groups import Share
 from .jacobians import gradient as data_gradient
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .memory import Memory
@@ -305,18 +306,22 @@ def _is_novel(new: Tensor, place: Place, olds: Params, of_outputs: bool) -> bool
 
 
 def _followed_weight(term: WeightTerm, how: Plan, *, leave: bool) -> tuple[WeightTerm, list[str]]:
-    zeros = {n: torch.zeros_like(p) for n, p in how.current.items()}
-    gradient, curvature, lost = term.gradient, term.curvature, []
-    if curvature is not None:
-        away = _dropped_features(term, how)
-        if away is not None:
-            slope = curvature.mv(away)
-            gradient = slope if gradient is None else plus(gradient, slope)
-        curvature, lost = follow(curvature, how.current, how.places, leave=leave)
+    away, lost = _dropped_features(term, how), []
+
+    def follow_share(share: Share) -> Share:
+        gradient, curvature = share.rebased(away).gradient if away else share.gradient, None
+        if share.curvature is not None:
+            curvature, left = follow(share.curvature, how.current, how.places, leave=leave)
+            lost.extend(n for n in left if n not in lost)
+        if gradient is not None:
+            zeros = {n: torch.zeros_like(p) for n, p in how.current.items()}
+            gradient = followed(gradient, zeros, how.places)
+        return Share(share.count, gradient, curvature)
+
+    of_all = follow_share(Share(0, term.gradient, term.curvature))
+    groups = None if term.groups is None else term.groups.mapped(follow_share)
     anchor = followed(term.anchor, how.current, how.places)
-    if gradient is not None:
-        gradient = followed(gradient, zeros, how.places)
-    return WeightTerm(anchor, gradient, curvature), lost
+    return WeightTerm(anchor, of_all.gradient, of_all.curvature, groups), lost
 
 
 def _dropped_features(term: WeightTerm, how: Plan) -> Params | None:
