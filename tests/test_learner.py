@@ -264,6 +264,15 @@ def test_methods_without_a_minimum_in_closed_form():
     assert learner.prior.num_data == len(second)
 
 
+def test_a_few_examples_are_all_kept():
+    learner = adaptable(memory=10)
+    first = doubled()[0].train
+    before = len(learner.prior.memory)
+    learner.add(first[:3])
+    assert len(learner.prior.memory) == before + 3
+    assert learner.prior.recipe.memory == 10
+
+
 def test_an_adaptation_that_raises_never_happened():
     learner = adaptable(memory=3)
     first = doubled()[0].train

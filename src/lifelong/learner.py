@@ -14,7 +14,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from .models import evaluating, forward, move, parameters, require_finite, rows,
 from .path import PathIntegral
 from .prior import Prior
 from .refit import Refit, refit
+from .removal import OnIndefinite
 from .streams import Task
 from .terms import MemoryTerm, Regulariser
 from .transfer import Classes, NewClasses, plan
@@ -149,6 +150,7 @@ class Learner:
         in eval mode and by second-order steps where they apply: ``learn`` trains by the learner's
         own optimiser and epochs instead.
 
+        Of fewer examples than the prior keeps of a task, it keeps all.
         options: of ``refit`` (method, tolerance, max_iterations, lr, ...), here and below.
         Returns what it cost. Raises as ``refit`` and ``Prior.update``; ValueError within a task,
         for a learner of separate models, and for a prior that learns from the path of training.
@@ -162,8 +164,11 @@ class Learner:
         with self._adapting() as finish:
             prior = self.prior.prepare(self.model, examples)
             done = refit(self.model, prior, examples, **options)
+            whole, kept = prior.recipe, prior.recipe.memory
+            if isinstance(kept, int) and kept > len(examples):  # a few examples: all are kept
+                prior = replace(prior, recipe=replace(whole, memory=len(examples)))
             prior = prior.update(self.model, examples, generator=self.generator)
-            finish(prior, self.model)
+            finish(replace(prior, recipe=whole), self.model)
         return done
 
     def remove(
@@ -172,15 +177,27 @@ class Learner:
         *,
         task: int | None = None,
         ids: Tensor | None = None,
+        where: Callable[[Memory], Tensor] | None = None,
+        groups: Tensor | Sequence[int] | None = None,
         head: Head | None = None,
+        on_indefinite: OnIndefinite = "raise",
         **options: Any,
     ) -> Refit:
-        """Unlearn examples: ``Prior.forget`` (which says what data, task and ids are), and a refit
+        """Unlearn examples: ``Prior.forget`` (which says what the arguments are), and a refit
         to what the others say. The soft labels of those are then asked for again, so that they
         are of a model that did not see the examples. Raises as ``Prior.forget`` and ``add``."""
         examples = data.train if isinstance(data, Task) else data
         with self._adapting() as finish:
-            prior = self.prior.forget(self.model, examples, task=task, ids=ids, head=head)
+            prior = self.prior.forget(
+                self.model,
+                examples,
+                task=task,
+                ids=ids,
+                where=where,
+                groups=groups,
+                head=head,
+                on_indefinite=on_indefinite,
+            )
             done = refit(self.model, prior, **options)
             finish(prior.rebase(self.model), self.model)
         return done
