@@ -627,7 +627,7 @@ class Prior:
     def _without(self, found: removal.Removal) -> Prior:
         return replace(self, terms=found.terms, num_data=max(0, self.num_data - found.count))
 
-    def rebase(self, model: nn.Module) -> Prior:
+    def rebase(self, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Prior:
         """The same past, seen from the model's present weights, as ``update`` sees it, but without
         new data: call it after a refit that ends an adaptation.
 
@@ -655,8 +655,11 @@ class Prior:
                     continue
                 if isinstance(term, MemoryTerm) and self.recipe.refresh and term.has_soft:
                     soft = replace(term, memory=term.memory.weighted(term.memory.soft_weight, 0.0))
-                    g, quadratic = recall.plus(g, recall.slope(soft, model, self.likelihood)), True
-                    term = replace(term, memory=term.memory.refresh(model))
+                    g, quadratic = (
+                        recall.plus(g, recall.slope(soft, model, self.likelihood, batch_size)),
+                        True,
+                    )
+                    term = replace(term, memory=term.memory.refresh(model, batch_size))
                 terms.append(term)
         if quadratic:
             terms.append(WeightTerm(snapshot(params), g, curvature, groups))
