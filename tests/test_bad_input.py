@@ -294,7 +294,7 @@ def test_what_cannot_be_forgotten():
     several = after_one_task(kprior, model)
     origin = kprior.memory.origin if kprior.memory else Y
     for prior, arguments, message in (
-        (kprior, {}, "say which examples to forget: pass data, ids or task"),
+        (kprior, {}, "say which examples to forget: pass data, ids, where, task or groups"),
         (kprior, {"task": 5}, r"pass prior.forget\(model, data\) with the examples to forget"),
         (kprior, {"ids": torch.tensor([int(origin[0]), 99])}, r"ids \[99\] are neither in memory"),
         (several, {"ids": origin[:1]}, "ids of several tasks; say which by task="),

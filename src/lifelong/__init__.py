@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from .data import Examples
     from .divergences import KL, Logit
     from .dnn2gp import GaussianProcess, pseudo_data
-    from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .errors import (
+        CheckpointError,
+        NonFiniteError,
+        NotConvergedError,
+        NotRepeatableError,
+        StaleAnchorError,
+    )
     from .function_space import function_covariance, function_kernel
     from .kernel_methods import Hinge, KernelMachine, KernelPrior
     from .learner import Learner
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
+    from .refit import Refit
     from .scores import identify
     from .sensitivity import (
         SensitivityTrace,
@@ -101,12 +108,14 @@ __all__ = [
     "Memory",
     "MemoryTerm",
     "NonFiniteError",
+    "NotConvergedError",
     "NotRepeatableError",
     "PathIntegral",
     "Poisson",
     "Posterior",
     "Prior",
     "Recipe",
+    "Refit",
     "Regulariser",
     "SensitivityTrace",
     "StaleAnchorError",
@@ -177,7 +186,13 @@ _MODULES = {
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "dnn2gp": ("GaussianProcess", "pseudo_data"),
-    "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "errors": (
+        "CheckpointError",
+        "NonFiniteError",
+        "NotConvergedError",
+        "NotRepeatableError",
+        "StaleAnchorError",
+    ),
     "function_space": ("function_covariance", "function_kernel"),
     "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
     "learner": ("Learner",),
@@ -207,6 +222,7 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
+    "refit": ("Refit",),  # the function has the name of its module: lifelong.refit.refit
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",

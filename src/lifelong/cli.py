@@ -1,4 +1,4 @@
-"""The command line: ``lifelong demo`` and ``lifelong run``.
+"""The command line: ``lifelong demo``, ``lifelong run`` and ``lifelong adapt``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Only this module reads the environment
 (LIFELONG_DATA) and sets torch's threads; torch is imported once there is something to compute.
@@ -39,6 +39,7 @@ Learn tasks one after another without forgetting.
 commands:
   demo    learn handwritten digits, two at a time, with six methods; one table, one page
   run     train one method on one benchmark, and keep settings, results and checkpoints
+  adapt   change a saved run: add or remove examples, regularise, another network
 
 options:
   -h, --help    show this help; after a command, the help of that command
@@ -47,6 +48,7 @@ options:
 examples:
   lifelong demo
   lifelong run --benchmark split-mnist --data DIR --prior fromp --memory 40 --seeds 3
+  lifelong adapt remove runs/x --label 3 --out runs/y
 """
 
 RUN = """\
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lifelong {version('lifelong')}\n")
         return 0
-    commands = {"demo": _demo, "run": _run}
+    commands = {"demo": _demo, "run": _run, "adapt": _adapt}
     name, *rest = args
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)
@@ -238,3 +240,12 @@ def _demo(args: list[str]) -> int:
     demo.write(replace(found, command=shlex.join(["lifelong", "demo", *args])), page)
     demo_tables(found, page)
     return 0
+
+
+# adapt --------------------------------------------------------------------------------------------
+
+
+def _adapt(args: list[str]) -> int:
+    from .commands import adapt
+
+    return adapt.main(args, _parse)

@@ -12,9 +12,17 @@ class NonFiniteError(ValueError):
     """A loss, an output or a gradient is NaN or infinite."""
 
 
+class NotConvergedError(ValueError):
+    """A minimisation ended no lower than it began."""
+
+
 class NotRepeatableError(ValueError):
     """Two passes over the data, or two forwards of the model, disagree."""
 
 
 class CheckpointError(ValueError):
     """A file is truncated, foreign, or of a version that cannot be read."""
+
+
+class ClippedWarning(UserWarning):
+    """A curvature was clipped to its positive part, so that less was taken out than was asked."""

@@ -1,28 +1,54 @@
 r"""Forget examples: what they said is taken out of memory, gradient and curvature.
 
-Pure functions from terms to terms; ``Prior.forget`` calls them. Source: Khan & Swaroop 2021.
+Pure functions from terms to terms; ``Prior.forget`` and ``Prior.recall`` (the shares of groups)
+call them. Source: Khan & Swaroop 2021.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .curvature import BlockDiagonal, Curvature, Dense, Diagonal
-from .data import batches
+from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, LowRank
+from .data import Examples, as_data, batches
+from .groups import NO_MEMBERS, Groups, Share
 from .jacobians import gradient as data_gradient
 from .memory import Memory
-from .models import Params, evaluating, match
+from .models import Params, concat, evaluating, match, parameters
 from .recall import Pass, Terms, by_head, fit_curvature, plus
 from .recipe import Recipe
 from .terms import MemoryTerm, WeightTerm
 
+OnIndefinite = Literal["raise", "clip"]
+Where = Callable[[Memory], Tensor]
+
 _ITERATIONS = 50  # of the power method
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """What ``forget`` took out, and what is left.
+
+    terms: without those examples. removed: the items that were in memory, None where none.
+    given, by_statistics: how many examples of the data, and how many by their group's share.
+    clipped: of the curvature that was taken out, the part (a fraction of its trace) that had to
+    be put back to keep G positive; 0 unless ``on_indefinite="clip"``.
+    """
+
+    terms: Terms
+    removed: Memory | None = None
+    given: int = 0
+    by_statistics: int = 0
+    clipped: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return (0 if self.removed is None else len(self.removed)) + self.given + self.by_statistics
 
 
 def forget(
@@ -32,42 +58,49 @@ def forget(
     *,
     model: nn.Module,
     likelihood: Any,
-    task: int | None,
-    ids: Tensor | None,
-) -> tuple[Terms, int]:
-    """(the terms without those examples, how many left); see ``Prior.forget``."""
+    task: int | None = None,
+    ids: Tensor | None = None,
+    where: Where | None = None,
+    groups: Tensor | None = None,
+    on_indefinite: OnIndefinite = "raise",
+) -> Removal:
+    """The terms without those examples; see ``Prior.forget``."""
     if recipe.kernel or recipe.structure == "path" or recipe.compact:
         raise ValueError(
             f"the {recipe.name} prior cannot forget single examples, since its kernels, its path "
             "or its learned vectors mix them; use a prior with a memory or a curvature, such as "
             "gradient_reconstruction"
         )
+    if on_indefinite not in get_args(OnIndefinite):
+        raise ValueError(f"on_indefinite must be 'raise' or 'clip', got {on_indefinite!r}")
+    weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
+    shares = None if weight is None else weight.groups
+    whole = _whole_groups(shares, over, task, ids, where, groups)
     given = torch.empty(0, dtype=torch.int64)
     if over is not None:
+        if where is not None:
+            raise ValueError("where looks at the memory; with data say which by ids=")
         given = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
-    elif ids is None and task is None:
-        raise ValueError("say which examples to forget: pass data, ids or task")
+    elif ids is None and task is None and where is None and groups is None:
+        raise ValueError("say which examples to forget: pass data, ids, where, task or groups")
     wanted = given if ids is None and over is not None else ids
-    weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
-    g = None if weight is None else weight.gradient
-    if weight is not None and g is None and recipe.gradient != "none":
-        g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}  # None stood for 0
-    curvature = None if weight is None else weight.curvature
     kept_terms: list[Any] = []
     gone: list[Memory] = []
     for term in terms:
         if isinstance(term, MemoryTerm):
-            which = _chosen(term.memory, task, wanted)
+            which = _chosen(term.memory, task, wanted, where)
+            if shares is not None and whole is not None:
+                which &= torch.isin(shares.of(term.memory), torch.tensor(sorted(whole)))
             gone.append(term.memory.drop(~which))
             term = replace(term, memory=term.memory.drop(which))
         kept_terms.append(term)
     in_memory = torch.cat([m.origin for m in gone]) if gone else given[:0]
-    if task is None and _of_several_tasks(gone):
+    if task is None and whole is None and _of_several_tasks(gone):
         raise ValueError(
             "the memory holds these ids of several tasks; say which by task=, or give the "
             "examples of each task ids of their own"
         )
-    if over is None and not len(in_memory):
+    if over is None and whole is None and not len(in_memory):
         raise ValueError(
             "none of these examples is in memory and the data were not given; pass "
             "prior.forget(model, data) with the examples to forget"
@@ -81,27 +114,266 @@ def forget(
             )
     others = given[:0] if wanted is None else given[~torch.isin(given, wanted)]
     rest = torch.cat([in_memory, others])  # of the data, what does not leave g and G here
+    leaving: dict[int, Share] = {}
     with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
-        for items in gone:
-            for group, head in by_head(items):
-                if g is not None:
-                    pair, w = (group.inputs, group.labels), _in_gradient(group, recipe)
-                    g = plus(g, data_gradient(model, pair, likelihood, head=head, weights=w), -1.0)
+        slopes = [
+            data_gradient(
+                model,
+                (group.inputs, group.labels),
+                likelihood,
+                head=head,
+                weights=_in_gradient(group, recipe),
+            )
+            for items in gone
+            if recipe.gradient != "none"
+            for group, head in by_head(items)
+        ]
         if over is not None:
-            if g is not None:
-                leaving = data_gradient(model, over.data, likelihood, head=over.head, exclude=rest)
-                g = plus(g, leaving, -1.0)
-            if curvature is not None:
-                exact = "exact" if recipe.estimator == "mc" else recipe.estimator
-                excluded = rest if recipe.exclude_memory else others
-                leaving = fit_curvature(replace(recipe, estimator=exact), over, exclude=excluded)
-                curvature = _minus(curvature, leaving)
-    changed = [
-        replace(t, gradient=g, curvature=curvature) if isinstance(t, WeightTerm) else t
-        for t in kept_terms
-    ]
-    final = tuple(t for t in changed if not isinstance(t, MemoryTerm) or len(t.memory))
-    return final, len(in_memory) + int((~torch.isin(given, rest)).sum())
+            excluded = rest if recipe.exclude_memory else others
+            leaving = _shares(over, recipe, _groups_of(over, shares, rest, groups), rest, excluded)
+        elif whole is not None and shares is not None:
+            leaving = {k: s for k, s in shares.shares.items() if k in whole}
+    clipped = 0.0
+    if weight is not None:
+        changed, clipped = _without(weight, slopes, leaving, on_indefinite)
+        memories = [t.memory for t in kept_terms if isinstance(t, MemoryTerm)]
+        if changed.groups is not None:
+            left = memories[0].add(*memories[1:]) if memories else None
+            changed = replace(changed, groups=changed.groups.held(left))
+        kept_terms = [changed if isinstance(t, WeightTerm) else t for t in kept_terms]
+    counted = sum(share.count for share in leaving.values())
+    removed = gone[0].add(*gone[1:]) if gone else None
+    return Removal(
+        tuple(t for t in kept_terms if not isinstance(t, MemoryTerm) or len(t.memory)),
+        removed if removed is not None and len(removed) else None,
+        given=counted if whole is None else 0,
+        by_statistics=0 if whole is None else counted,
+        clipped=clipped,
+    )
+
+
+def _without(
+    weight: WeightTerm,
+    slopes: list[Params],
+    leaving: dict[int, Share],
+    on_indefinite: OnIndefinite,
+) -> tuple[WeightTerm, float]:
+    """The weight term less the memory's residuals and these shares, and what was clipped."""
+    groups = weight.groups
+    if groups is not None:
+        left = dict(groups.shares)
+        for k in leaving.keys() - {-1}:
+            have = left.get(k, Share(0))
+            if leaving[k].count > have.count:
+                raise ValueError(
+                    f"{leaving[k].count} examples of group {k} were given that are not in memory, "
+                    f"and {have.count} such are left; some were forgotten before, or are of "
+                    "another group"
+                )
+            left[k] = have - leaving[k]
+        groups = replace(groups, shares={k: s for k, s in left.items() if s.count})
+    g, curvature = weight.gradient, weight.curvature
+    gradients = [s.gradient for s in leaving.values() if s.gradient is not None]
+    for slope in (*slopes, *gradients):
+        if g is None:  # None stood for 0
+            g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}
+        g = plus(g, slope, -1.0)
+    out = [s.curvature for s in leaving.values() if s.curvature is not None]
+    clipped = 0.0
+    if curvature is not None and out:
+        curvature, clipped = _minus(curvature, sum(out[1:], start=out[0]), on_indefinite)
+    return replace(weight, gradient=g, curvature=curvature, groups=groups), clipped
+
+
+# -------------------------------------------------------------------- groups
+
+
+def grouped(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass,
+    groups: Tensor | None,
+    *,
+    held: Memory | None,
+    kept: Memory | None,
+    evicted: Memory | None,
+    max_groups: int,
+) -> Groups | None:
+    """The shares of g and G by group, at the present weights; None where nobody asked for any.
+
+    terms: of the past, whose shares are rebased; groups: (N,) of the new data, -1 for none; held,
+    kept, evicted: as ``recall.merge`` gives them. What leaves the memory joins its group's share.
+    Raises ValueError for groups that are not N integers of at least -1, more than ``max_groups``,
+    and priors that mix their examples.
+    """
+    params = parameters(over.model)
+    found: Groups | None = None
+    for term in terms:
+        if isinstance(term, WeightTerm) and term.groups is not None:
+            d = {n: params[n].detach() - a for n, a in term.anchor.items()}
+            moved = term.groups.mapped(lambda share, d=d: share.rebased(d))
+            found = moved if found is None else found + moved
+    if groups is None and found is None:
+        return None
+    if recipe.kernel or recipe.structure == "path" or recipe.compact or recipe.distil:
+        raise ValueError(
+            f"the {recipe.name} prior mixes its examples, so it has no share of a group; use a "
+            "prior with a memory or a curvature, such as gradient_reconstruction"
+        )
+    found = Groups({}, NO_MEMBERS) if found is None else found
+    leaves_out = recipe.exclude_memory
+    if evicted is not None:
+        belongs = found.of(evicted)
+        for k in belongs[belongs >= 0].unique().tolist():
+            share = _evicted(evicted.drop(belongs != k), recipe, over, curvature=leaves_out)
+            found = found + Groups({k: share}, NO_MEMBERS)
+    if groups is not None:
+        ids = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+        groups = _require_groups(groups, len(ids))
+        inside = ids[:0] if kept is None else kept.origin.to(ids.device)
+        new = _shares(over, recipe, groups, inside, inside if leaves_out else ids[:0])
+        members = NO_MEMBERS
+        if kept is not None:
+            place = dict(zip(ids.tolist(), groups.tolist(), strict=True))
+            rows = zip(kept.task.tolist(), kept.origin.tolist(), strict=True)
+            # What an eviction made room for may not hold all that was chosen.
+            named = [(t, i, place[i]) for t, i in rows if place.get(i, -1) >= 0]
+            members = torch.tensor(named, dtype=torch.int64).reshape(-1, 3)
+        found = found + Groups({k: s for k, s in new.items() if k >= 0}, members)
+    found = found.held(held)
+    if len(found.shares) > max_groups:
+        size = sum(p.numel() for p in params.values())
+        raise ValueError(
+            f"{len(found.shares)} groups would each keep a gradient and a curvature of {size:,} "
+            f"parameters, and at most {max_groups} may; pass a larger max_groups, or coarser groups"
+        )
+    return found
+
+
+def _require_groups(groups: Tensor, count: int) -> Tensor:
+    groups = torch.as_tensor(groups)
+    if groups.shape != (count,) or groups.is_floating_point() or groups.dtype == torch.bool:
+        raise ValueError(
+            f"groups must be one integer for each of the {count} examples, got "
+            f"{groups.dtype} of shape {tuple(groups.shape)}"
+        )
+    if count and int(groups.min()) < -1:
+        raise ValueError(f"groups count from 0, and -1 is none; got {int(groups.min())}")
+    return groups.to(torch.int64)
+
+
+def _shares(
+    over: Pass, recipe: Recipe, groups: Tensor, exclude: Tensor, exclude_curvature: Tensor
+) -> dict[int, Share]:
+    """What each group's examples put into g and G at the present weights; ids that are excluded
+    count in neither, or in G alone."""
+    exact = recipe if recipe.estimator != "mc" else replace(recipe, estimator="exact")
+    shares = {}
+    for k in groups.unique().tolist():
+        data = over.data if bool((groups == k).all()) else _rows(over, groups == k)
+        ids = torch.cat([batch.ids for batch in batches(data, over.batch_size)])
+        part = replace(over, data=data)
+        count = int((~torch.isin(ids, exclude)).sum())
+        gradient = curvature = None
+        if count and recipe.gradient != "none":
+            gradient = data_gradient(
+                over.model,
+                data,
+                over.likelihood,
+                head=over.head,
+                exclude=exclude,
+                batch_size=over.batch_size,
+            )
+        if recipe.structure is not None and not bool(torch.isin(ids, exclude_curvature).all()):
+            curvature = fit_curvature(exact, part, exclude=exclude_curvature)
+        if count or curvature is not None:
+            shares[k] = Share(count, gradient, curvature)
+    return shares
+
+
+def _evicted(items: Memory, recipe: Recipe, over: Pass, *, curvature: bool) -> Share:
+    """What examples that had to leave the memory put into g and G now, as ``recall`` does."""
+    total = Share(0)
+    for group, head in by_head(items):
+        pair, w = (group.inputs, group.labels), group.soft_weight + group.hard_weight
+        g = c = None
+        if recipe.gradient != "none":
+            replays = group.weighted(group.soft_weight + group.hard_weight, 0.0)
+            stood_for = _in_gradient(replays, recipe)
+            g = data_gradient(over.model, pair, over.likelihood, head=head, weights=stood_for)
+        if curvature and recipe.structure is not None:
+            of_group = replace(over, data=pair, head=head)
+            c = fit_curvature(recipe, of_group, weights=None if recipe.population else w)
+        total = total + Share(len(group), g, c)
+    return total
+
+
+def _rows(over: Pass, which: Tensor) -> Examples:
+    """The marked examples, by position, read into memory."""
+    data = as_data(over.data)
+    if isinstance(data, Examples):
+        return data[which.nonzero().squeeze(1)]
+    parts, start = [], 0
+    for batch in batches(data, over.batch_size):
+        n = len(batch.labels)
+        index = which[start : start + n].nonzero().squeeze(1)
+        parts.append(batch.rows(index))
+        start += n
+    return Examples(
+        concat([p.inputs for p in parts]),
+        torch.cat([p.labels for p in parts]),
+        torch.cat([p.ids for p in parts]),
+    )
+
+
+def _whole_groups(
+    shares: Groups | None,
+    over: Pass | None,
+    task: int | None,
+    ids: Tensor | None,
+    where: Where | None,
+    groups: Tensor | None,
+) -> set[int] | None:
+    """The groups to forget as a whole; None where single examples are meant."""
+    if over is not None or groups is None:
+        return None
+    if task is not None or ids is not None or where is not None:
+        raise ValueError(
+            "a group's share is one sum, so a group is forgotten as a whole: expected groups "
+            "alone; for some of its examples pass data and groups, the group of each"
+        )
+    wanted = {int(k) for k in groups.flatten().tolist()}
+    known = set() if shares is None else shares.known
+    if wanted - known:
+        raise ValueError(
+            f"groups {sorted(wanted - known)[:10]} are not known: they were forgotten before, or "
+            "the data were learned without prior.update(..., groups=...)"
+        )
+    return wanted
+
+
+def _groups_of(over: Pass, shares: Groups | None, rest: Tensor, groups: Tensor | None) -> Tensor:
+    """(N,) the group of each of the data: whose shares shrink with them."""
+    ids = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+    if groups is not None:
+        groups = _require_groups(groups, len(ids))
+        known = set() if shares is None else shares.known
+        unknown = sorted(set(groups[groups >= 0].tolist()) - known)
+        if unknown:
+            raise ValueError(
+                f"groups {unknown[:10]} are not known: they were forgotten before, or the data "
+                "were learned without prior.update(..., groups=...)"
+            )
+        return groups
+    if shares is not None and not bool(torch.isin(ids, rest).all()):
+        raise ValueError(
+            "this prior keeps shares by group, and these examples are not in memory: say of which "
+            "group each is, groups=(N,) as in update and -1 for none, so that none leaves twice"
+        )
+    return torch.full((len(ids),), -1)
+
+
+# -------------------------------------------------------------------- examples
 
 
 def _of_several_tasks(gone: list[Memory]) -> bool:
@@ -121,18 +393,40 @@ def _in_gradient(items: Memory, recipe: Recipe) -> Tensor:
     return (items.soft_weight + items.hard_weight) / total - items.hard_weight
 
 
-def _chosen(memory: Memory, task: int | None, ids: Tensor | None) -> Tensor:
-    """(M,) bool: the items of that task with those ids; None stands for any."""
+def _chosen(memory: Memory, task: int | None, ids: Tensor | None, where: Where | None) -> Tensor:
+    """(M,) bool: the items of that task with those ids and the property; None stands for any."""
     which = torch.ones(len(memory), dtype=torch.bool, device=memory.origin.device)
     if task is not None:
         which &= memory.task == task
     if ids is not None:
         which &= torch.isin(memory.origin, ids.to(memory.origin.device))
+    if where is not None:
+        marked = where(memory)
+        if (
+            not isinstance(marked, Tensor)
+            or marked.dtype != torch.bool
+            or marked.shape != (len(memory),)
+        ):
+            found = (
+                f"{marked.dtype} of shape {tuple(marked.shape)}"
+                if isinstance(marked, Tensor)
+                else type(marked).__name__
+            )
+            raise ValueError(
+                f"where must give one bool for each of the {len(memory)} remembered examples, "
+                f"such as lambda memory: memory.labels == 3, got {found}"
+            )
+        which &= marked.to(which.device)
     return which
 
 
-def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
-    """curvature - leaving; raises ValueError where the result is indefinite."""
+def _minus(
+    curvature: Curvature, leaving: Curvature, on_indefinite: OnIndefinite
+) -> tuple[Curvature, float]:
+    """curvature - leaving, and what clipping put back as a fraction of the trace of ``leaving``.
+
+    Raises ValueError where the result is indefinite, or has no positive part to be clipped to.
+    """
     left = curvature + leaving * -1.0
     before, after = curvature.diagonal(), left.diagonal()
     bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
@@ -143,16 +437,59 @@ def _minus(curvature: Curvature, leaving: Curvature) -> Curvature:
         whole = curvature.block_of(name) if isinstance(curvature, BlockDiagonal) else curvature
         if _is_indefinite(block, beside=whole):
             bad += [n for n in block.shapes if n not in bad]
-    if bad:
+    if bad and on_indefinite == "raise":
         raise ValueError(
             f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
             "not learned at this anchor, or were forgotten before, or the structure approximates, "
             "and an approximation of all examples less one of some need not be positive (diagonal, "
-            "block and dense are exact); refit the prior from the data that stay"
+            "block and dense are exact); refit the prior from the data that stay, or pass "
+            "on_indefinite='clip' to keep the positive part, which removes less"
         )
-    if isinstance(left, Diagonal):  # rounding
-        return Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
-    return left
+    if isinstance(left, Diagonal):  # rounding, or clipped
+        clamped = Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
+        return clamped, _put_back(left, clamped, leaving) if bad else 0.0
+    if not bad:
+        return left, 0.0
+    if isinstance(left, BlockDiagonal):
+        blocks = tuple(
+            _positive_part(b) if any(n in bad for n in b.shapes) else b for b in left.blocks
+        )
+        positive: Curvature = replace(left, blocks=blocks)
+    else:
+        positive = _positive_part(left)
+    return positive, _put_back(left, positive, leaving)
+
+
+def _put_back(left: Curvature, positive: Curvature, leaving: Curvature) -> float:
+    def trace(c: Curvature) -> float:
+        return sum(float(v.double().sum()) for v in c.diagonal().values())
+
+    whole = trace(leaving)
+    return (trace(positive) - trace(left)) / whole if whole > 0 else 0.0
+
+
+def _positive_part(curvature: Curvature) -> Curvature:
+    """The nearest positive semi-definite one, in the Frobenius norm; raises ValueError where the
+    structure has none of its own kind."""
+    if isinstance(curvature, Diagonal):
+        return Diagonal({n: v.clamp(min=0) for n, v in curvature.values.items()})
+    if isinstance(curvature, Isotropic):
+        return replace(curvature, value=curvature.value.clamp(min=0))
+    if isinstance(curvature, Dense):
+        values, vectors = torch.linalg.eigh(curvature.matrix)
+        return replace(curvature, matrix=(vectors * values.clamp(min=0)) @ vectors.T)
+    if isinstance(curvature, LowRank):
+        basis, values = curvature._spectrum
+        directions = (basis * values.clamp(min=0).sqrt()).T
+        factors, start = {}, 0
+        for name, shape in curvature.shapes.items():
+            part = directions[:, start : start + shape.numel()]
+            factors[name], start = part.reshape(-1, *shape), start + shape.numel()
+        return LowRank(factors, torch.ones_like(values))
+    raise ValueError(
+        f"a {type(curvature).__name__} curvature has no positive part that is a sum of products "
+        "again; clip works for diagonal, isotropic, dense, block and low_rank"
+    )
 
 
 def _is_indefinite(curvature: Curvature, beside: Curvature) -> bool:

@@ -26,6 +26,7 @@ from .curvature import Curvature, Diagonal
 from .curvature import from_state_dict as curvature_from_state_dict
 from .data import Head
 from .divergences import KL, Divergence
+from .groups import Groups
 from .jacobians import kernel
 from .likelihoods import Likelihood
 from .memory import Memory, Sample
@@ -170,13 +171,15 @@ def quadratic(parts: Mapping[str, Part], params: Mapping[str, Tensor]) -> Tensor
 class WeightTerm:
     r"""<g, d> + ½ <d, G d>,  d = theta - anchor: the examples that were not kept, in nats.
 
-    anchor: theta*; gradient: g, or None for 0; curvature: G, or None for 0.
+    anchor: theta*; gradient: g, or None for 0; curvature: G, or None for 0; groups: the shares of
+    g and G that can be forgotten unseen (``groups.py``); they take no part in the value.
     Raises StaleAnchorError where the model's names or shapes are no longer the anchor's.
     """
 
     anchor: Params
     gradient: Params | None = None
     curvature: Curvature | None = None
+    groups: Groups | None = None
 
     def __call__(self, model: nn.Module) -> Tensor:
         return self.value(match(model, self.anchor), self.parts)
@@ -212,6 +215,7 @@ class WeightTerm:
             self,
             gradient=None if gradient is None else {n: factor * g for n, g in gradient.items()},
             curvature=None if self.curvature is None else self.curvature * factor,
+            groups=None if self.groups is None else self.groups * factor,
         )
 
     __rmul__ = __mul__
@@ -219,7 +223,8 @@ class WeightTerm:
     @property
     def num_bytes(self) -> int:
         curvature = 0 if self.curvature is None else self.curvature.num_bytes
-        return nbytes(self.anchor) + nbytes(self.gradient) + curvature
+        groups = 0 if self.groups is None else self.groups.num_bytes
+        return nbytes(self.anchor) + nbytes(self.gradient) + curvature + groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -503,6 +508,7 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
             anchor=move(term.anchor, device, dtype),
             gradient=None if gradient is None else move(gradient, device, dtype),
             curvature=None if curvature is None else curvature.to(device, dtype),
+            groups=None if term.groups is None else term.groups.to(device, dtype),
         )
     if isinstance(term, MemoryTerm):
         return replace(term, memory=term.memory.to(device, dtype))
@@ -533,6 +539,7 @@ def term_state(term: Any) -> dict[str, Any]:
             "anchor": term.anchor,
             "gradient": term.gradient,
             "curvature": curvature,
+            "groups": None if term.groups is None else term.groups.state_dict(),
         }
     if isinstance(term, MemoryTerm):
         return {
@@ -559,11 +566,12 @@ def term_from_state(state: Mapping[str, Any]) -> Any:
     if name == "Regulariser":
         return Regulariser(state["precision"], state["mean"])
     if name == "WeightTerm":
-        curvature = state["curvature"]
+        curvature, groups = state["curvature"], state["groups"]
         return WeightTerm(
             state["anchor"],
             state["gradient"],
             None if curvature is None else curvature_from_state_dict(curvature),
+            None if groups is None else Groups.from_state_dict(groups),
         )
     if name == "MemoryTerm":
         divergence = unnamed(divergences, state["divergence"])

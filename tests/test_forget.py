@@ -1,0 +1,344 @@
+"""Forgetting: by id, by a property, by group; a group leaves as if its data had been read again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lifelong
+from lifelong import Examples, Prior, Recipe, Regulariser
+from lifelong.errors import ClippedWarning
+from lifelong.groups import Groups
+from lifelong.testing import cases, laws
+from lifelong.testing.cases import Case, Split
+
+GLMS = {c.name: c for c in cases.glms()}
+NETWORKS = {c.name: c for c in cases.networks()}
+GAUSSIAN = cases.linear_gaussian()
+SPLITS = cases.SPLITS
+
+
+def of(data: Examples, groups: int = 3, seed: int = 5) -> Tensor:
+    """A group for each example, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(groups, (len(data),), generator=generator)
+
+
+def learned(
+    prior: Prior, case: Case, tasks: int, split: Split, *, fit: bool = True
+) -> tuple[nn.Module, Prior]:
+    """As ``laws.learn``, with groups that go on from task to task."""
+    model = case.make_model(0)
+    for task, data in enumerate(case.data[:tasks]):
+        now = prior
+        if fit:
+            model = laws.minimum(
+                model, lambda m, d=data, p=now: laws.nats(case.likelihood, m, d) + p(m)
+            )
+        items = split.remember(case, model, task, 0)
+        prior = prior.recall(model, data, items, groups=of(data, seed=5 + task))
+    return model, prior
+
+
+def without(case: Case, tasks: int, group: int) -> list[Examples]:
+    parts = enumerate(case.data[:tasks])
+    return [d[(of(d, seed=5 + t) != group).nonzero().squeeze(1)] for t, d in parts]
+
+
+# ------------------------------------------------------------------ groups
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s.name)
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("case", [GAUSSIAN, cases.orthogonal()], ids=lambda c: c.name)
+def test_a_group_leaves_as_if_it_had_never_been(case: Case, tasks: int, split: Split) -> None:
+    """Linear-Gaussian, any split into memory and quadratic, over several tasks and anchors: refit
+    without reading the group = retraining without it."""
+    prior = laws.law_prior(case.likelihood)
+    model, after = learned(prior, case, tasks, split)
+    left = after.forget(model, groups=[1])
+    refit = laws.minimum(model, left)
+    rest = without(case, tasks, 1)
+    batch = laws.retrained(case, model, Regulariser(0.5), *rest)
+    assert laws.distance(laws.weights(refit), laws.weights(batch)) < 1e-9
+    assert left.num_data == sum(len(d) for d in rest)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_a_group_leaves_at_the_anchor(name: str, split: Split) -> None:
+    """Any network, at any weights: exactly sum_group J*ᵀ r leaves the gradient."""
+    case = NETWORKS[name]
+    prior = laws.law_prior(case.likelihood, structure="diagonal")
+    model, after = learned(prior, case, 1, split, fit=False)
+    left = after.forget(model, groups=[0, 2])
+    (rest,) = [case.data[0][(of(case.data[0]) == 1).nonzero().squeeze(1)]]
+    truth = laws.slope(model, laws.nats(case.likelihood, model, rest) + prior(model))
+    assert laws.distance(laws.slope(model, left(model)), truth) < 1e-12
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "block", "isotropic", "low_rank"])
+@pytest.mark.parametrize("memory", [0, 4])
+def test_statistics_are_the_data_given_again(structure: Any, memory: int) -> None:
+    case = NETWORKS["mlp Categorical"]
+    recipe = Recipe("t", structure=structure, rank=200, memory=memory, score="random")
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    groups = of(data)
+    after = prior.update(model, data, groups=groups, generator=torch.Generator().manual_seed(3))
+    which = (groups == 2).nonzero().squeeze(1)
+    by_statistics = after.forget(model, groups=[2])
+    by_data = after.forget(model, data[which], groups=groups[which])
+    plain = replace(after, terms=tuple(_ungrouped(t) for t in after.terms))
+    by_data_without_groups = plain.forget(model, data[which])
+    place = laws.moved(model, by=0.2, seed=4)
+    value = by_statistics(place)
+    torch.testing.assert_close(value, by_data(place))
+    torch.testing.assert_close(value, by_data_without_groups(place))
+    assert by_statistics.num_data == by_data.num_data == len(data) - len(which)
+    for left in (by_statistics, by_data):
+        assert left.weight is not None and left.weight.groups is not None
+        assert left.weight.groups.known == {0, 1}
+
+
+def _ungrouped(term: Any) -> Any:
+    return replace(term, groups=None) if hasattr(term, "groups") else term
+
+
+def test_part_of_a_group_then_the_rest():
+    """An example in memory first, then some that were not, then what is left of the group: each
+    leaves once, in any order."""
+    case = GLMS["multinomial"]
+    recipe = Recipe("t", structure="dense", memory=6, score="random")
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    groups = of(data, groups=2)
+    after = prior.update(model, data, groups=groups, generator=torch.Generator().manual_seed(0))
+    assert after.memory is not None
+    origin = after.memory.origin
+    inside = origin[groups[origin] == 1][:1]
+    outside = torch.tensor([i for i in range(len(data)) if i not in origin and groups[i] == 1])[:2]
+    once = after.forget(model, groups=[1])
+    steps = after.forget(model, ids=inside)
+    steps = steps.forget(model, data[outside], groups=groups[outside])
+    steps = steps.forget(model, groups=[1])
+    place = laws.moved(model, by=0.2, seed=4)
+    torch.testing.assert_close(once(place), steps(place))
+    assert once.num_data == steps.num_data == int((groups == 0).sum())
+    left = once.forget(model, groups=[0])
+    assert left.num_data == 0 and left.memory is None
+    torch.testing.assert_close(left(place), prior(place))
+
+
+def test_what_is_evicted_joins_its_group():
+    """A memory bounded in total: an example that had to leave it is forgotten with its group all
+    the same. Linear-Gaussian, so exactly."""
+    case = GAUSSIAN
+    recipe = Recipe("t", structure="dense", memory=5, total=True, score="random", per_class=False)
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model = case.make_model(0)
+    for task, data in enumerate(case.data[:3]):
+        now = prior
+        model = laws.minimum(
+            model, lambda m, d=data, p=now: laws.nats(case.likelihood, m, d) + p(m)
+        )
+        generator = torch.Generator().manual_seed(task)
+        prior = prior.update(model, data, groups=of(data, seed=5 + task), generator=generator)
+    left = prior.forget(model, groups=[1])
+    assert left.num_data == sum(len(d) for d in without(case, 3, 1))
+    batch = laws.retrained(case, model, Regulariser(0.5), *without(case, 3, 1))
+    assert laws.distance(laws.weights(laws.minimum(model, left)), laws.weights(batch)) < 1e-9
+
+
+def test_replay_forgets_the_members_of_a_group():
+    """A prior without g and G holds of a group what is in memory, and nothing else."""
+    case = NETWORKS["mlp Categorical"]
+    prior = lifelong.experience_replay(case.likelihood, memory=6)
+    model, data = case.make_model(0), case.data[0]
+    groups = of(data)
+    after = prior.update(model, data, groups=groups, generator=torch.Generator().manual_seed(0))
+    left = after.forget(model, groups=[0])
+    assert left.memory is not None and after.memory is not None
+    expected = after.memory.origin[groups[after.memory.origin] != 0]
+    assert torch.equal(left.memory.origin, expected)
+    assert left.num_data == int((groups != 0).sum())
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_groups_of_any_data(loader: bool) -> None:
+    case = NETWORKS["mlp Categorical"]
+    data = case.data[0]
+    recipe = Recipe("t", structure="diagonal")
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    pairs = TensorDataset(data.inputs, data.labels)  # type: ignore[arg-type]
+    given: Any = DataLoader(pairs, batch_size=5) if loader else pairs
+    model, groups = case.make_model(0), of(data)
+    groups[:2] = -1
+    head = data.head
+    a = prior.update(model, data, groups=groups).forget(model, groups=[1])
+    b = prior.update(model, given, head=head, groups=groups, batch_size=4).forget(model, groups=[1])
+    place = laws.moved(model, by=0.2, seed=4)
+    torch.testing.assert_close(a(place), b(place))
+
+
+def test_groups_are_saved_moved_scaled_and_transferred(tmp_path: Path):
+    case = NETWORKS["mlp Categorical"]
+    model, prior = learned(
+        laws.law_prior(case.likelihood, structure="diagonal"), case, 2, Split("part", memory=0.3)
+    )
+    place = laws.moved(model, by=0.2, seed=4)
+    truth = prior.forget(model, groups=[1])(place)
+    loaded = Prior.load(prior.save(tmp_path / "prior.safetensors"))
+    assert loaded.num_bytes == prior.num_bytes
+    assert torch.equal(loaded.forget(model, groups=[1])(place), truth)
+    torch.testing.assert_close(prior.transfer(model).forget(model, groups=[1])(place), truth)
+    half = prior.discount(0.5).forget(model, groups=[1])
+    regulariser = prior.regulariser
+    assert regulariser is not None
+    r = regulariser(place)
+    torch.testing.assert_close(half(place) - r, 0.5 * (truth - r))
+    single = prior.to(dtype=torch.float32)
+    assert single.weight is not None and single.weight.groups is not None
+    share = single.weight.groups.shares[1]
+    assert share.gradient is not None
+    assert {v.dtype for v in share.gradient.values()} == {torch.float32}
+    ungrouped = replace(prior, terms=tuple(_ungrouped(t) for t in prior.terms))
+    size = sum(p.numel() for p in model.parameters())
+    assert prior.num_bytes - ungrouped.num_bytes >= 3 * 2 * 8 * size
+
+
+def test_groups_take_no_part_in_the_value():
+    case = NETWORKS["mlp Categorical"]
+    prior, model, data = laws.law_prior(case.likelihood), case.make_model(0), case.data[0]
+    place = laws.moved(model, by=0.2, seed=4)
+    grouped, plain = prior.update(model, data, groups=of(data)), prior.update(model, data)
+    assert torch.equal(grouped(place), plain(place))
+
+
+# ------------------------------------------------------------------ by a property
+
+
+def test_where_chooses_among_the_memory():
+    case = GLMS["multinomial"]
+    prior = lifelong.kprior(case.likelihood, precision=0.5, memory=None)
+    model, after = laws.learn(prior, case, tasks=2)
+    data = case.data[0]
+    gone = (data.labels == 1).nonzero().squeeze(1)
+    a = after.forget(model, where=lambda memory: memory.labels == 1, task=0)
+    b = after.forget(model, ids=data.ids[gone], task=0)
+    assert torch.equal(a(model), b(model)) and a.num_data == b.num_data
+    rest = data[(data.labels != 1).nonzero().squeeze(1)]
+    batch = laws.retrained(case, model, Regulariser(0.5), rest, case.data[1])
+    assert laws.distance(laws.weights(laws.minimum(model, a)), laws.weights(batch)) < 1e-7
+
+
+# ------------------------------------------------------------------ where G turns indefinite
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClippedWarning)
+        yield
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "block", "isotropic", "low_rank"])
+def test_clip_is_the_positive_part(structure: Any) -> None:
+    """Forgetting twice is the mistake that shows: the result is positive, nearest and reported."""
+    case = NETWORKS["mlp Categorical"]
+    prior = Prior(case.likelihood, Recipe("t", structure=structure, rank=200), (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data).forget(model, data[:9])
+    with pytest.raises(ValueError, match="on_indefinite='clip'"):
+        after.forget(model, data[:9])
+    with pytest.warns(ClippedWarning, match="% of the curvature to be removed stays in it"):
+        clipped = after.forget(model, data[:9], on_indefinite="clip")
+    assert clipped.weight is not None and after.weight is not None
+    found, before = clipped.weight.curvature, after.weight.curvature
+    assert found is not None and before is not None
+    leaving = prior.update(model, data[:9]).weight
+    assert leaving is not None and leaving.curvature is not None
+    wanted = before.dense().matrix - leaving.curvature.dense().matrix
+    if structure == "diagonal":
+        wanted = wanted.diagonal().clamp(min=0).diag()
+    elif structure == "isotropic":
+        wanted = wanted.clamp(min=0)
+    elif structure != "block":
+        values, vectors = torch.linalg.eigh(wanted)
+        wanted = (vectors * values.clamp(min=0)) @ vectors.T
+    if structure != "block":
+        torch.testing.assert_close(found.dense().matrix, wanted, rtol=1e-6, atol=1e-8)
+    assert float(torch.linalg.eigvalsh(found.dense().matrix).min()) > -1e-9
+
+
+def test_kronecker_has_no_positive_part():
+    case = NETWORKS["mlp Categorical"]
+    recipe = Recipe("t", structure="kronecker")
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data[:6])
+    with pytest.raises(ValueError, match="has no positive part that is a sum of products"):
+        after.forget(model, data[6:12], on_indefinite="clip")
+
+
+def test_clip_changes_nothing_that_is_positive():
+    case = NETWORKS["mlp Categorical"]
+    model, data = case.make_model(0), case.data[0]
+    after = laws.law_prior(case.likelihood).update(model, data)
+    place = laws.moved(model, by=0.2, seed=4)
+    a, b = after.forget(model, data[:3]), after.forget(model, data[:3], on_indefinite="clip")
+    assert torch.equal(a(place), b(place))
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_what_groups_cannot_do():
+    case = NETWORKS["mlp Categorical"]
+    model, data, groups = case.make_model(0), case.data[0], of(case.data[0])
+    prior = laws.law_prior(case.likelihood, structure="diagonal")
+    prior = replace(prior, recipe=replace(prior.recipe, memory=0))
+    after = prior.update(model, data, groups=groups)
+    once = after.forget(model, groups=[1])
+    first = (groups == 0).nonzero().squeeze(1)
+    less = after.forget(model, data[first[:-1]], groups=groups[first[:-1]])
+    attempts: list[tuple[Any, str]] = [
+        (lambda: once.forget(model, groups=[1]), r"groups \[1\] are not known: they were forgott"),
+        (lambda: prior.update(model, data).forget(model, groups=[0]), r"without prior.update\(..."),
+        (lambda: after.forget(model, groups=[0], task=0), "a group is forgotten as a whole"),
+        (lambda: after.forget(model, data[:2]), "say of which group each is"),
+        (lambda: after.forget(model, data[:2], groups=torch.tensor([0])), "one integer for each"),
+        (lambda: after.forget(model, data[:2], groups=torch.tensor([7, 7])), "are not known"),
+        (lambda: less.forget(model, data[first], groups=groups[first]), "and 1 such are left"),
+        (lambda: prior.update(model, data, groups=groups.double()), "one integer for each"),
+        (lambda: prior.update(model, data, groups=groups - 3), "groups count from 0"),
+        (lambda: prior.update(model, data, groups=groups, max_groups=2), "at most 2 may"),
+        (lambda: after.forget(model, data[:2], where=lambda m: m.labels == 1), "where looks at t"),
+        (lambda: after.forget(model, where=lambda m: m.labels), "none of these examples is in"),
+        (lambda: after.forget(model, data[:2], on_indefinite="no"), "must be 'raise' or 'clip'"),  # type: ignore[arg-type]
+    ]
+    for mixed in (lifelong.fromp(case.likelihood, memory=6), lifelong.lwf(case.likelihood)):
+        attempts.append(
+            (lambda p=mixed: p.update(model, data, groups=groups), "has no share of a group")
+        )
+    for attempt, message in attempts:
+        with laws.untouched(model), pytest.raises(ValueError, match=message):
+            attempt()
+    kept = lifelong.kprior(case.likelihood, memory=4).update(model, data)
+    for wrong in (lambda m: m.labels, lambda m: True, lambda m: (m.labels == 1)[:1]):
+        with pytest.raises(ValueError, match="where must give one bool for each of the 4"):
+            kept.forget(model, where=wrong)  # type: ignore[arg-type]
+
+
+def test_groups_as_values():
+    empty = Groups.from_state_dict({"shares": [], "members": torch.empty(0, 3).long()})
+    assert empty.known == set() and empty.num_bytes == 0
