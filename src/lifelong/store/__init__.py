@@ -1,0 +1,51 @@
+"""A memory on disk that can be trusted: transactional, versioned, and deleting for real.
+
+with open_store("memory") as store:
+    store.append(memory, message="digits of Monday")      # one version
+    batch = store.draw(128)                               # a random batch, weights unbiased
+    store.drop(Where(label=3))                            # undone by store.restore(version)
+    store.forget(["0:17"])                                # gone from every version and file
+
+See docs/memory-store.md for what is guaranteed, and what is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .base import (
+    Diff,
+    Finding,
+    Forgotten,
+    Item,
+    MemoryStore,
+    Mode,
+    Tombstone,
+    Verification,
+    Version,
+    Where,
+)
+
+__all__ = [
+    "Diff",
+    "Finding",
+    "Forgotten",
+    "Item",
+    "MemoryStore",
+    "Tombstone",
+    "Verification",
+    "Version",
+    "Where",
+    "open_store",
+]
+
+
+def open_store(path: str | Path, mode: Mode = "a", *, timeout: float = 30.0) -> MemoryStore:
+    """The store in folder ``path``. mode: "r" to read, "a" to write too, made where it is missing.
+
+    timeout: seconds to wait for another writer. Raises FileNotFoundError for "r" where nothing is
+    there, StoreDamagedError, StoreVersionError, StoreReadOnlyError, StoreBusyError.
+    """
+    from .sqlite import SqliteStore
+
+    return SqliteStore(path, mode, timeout=timeout)
