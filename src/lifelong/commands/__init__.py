@@ -1,0 +1,1 @@
+"""Commands of ``lifelong`` with flags of their own, a module each; nothing here imports torch."""
