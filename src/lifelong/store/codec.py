@@ -13,7 +13,8 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +112,9 @@ class InputLayout:
     def shape(self) -> tuple[int, ...]:
         return self.columns[""].shape if self.kind == "tensor" else ()
 
+    @cached_property
     def spec(self) -> str:
+        """In json."""
         columns = [[name, *column.spec()] for name, column in self.columns.items()]
         return json.dumps({"kind": self.kind, "columns": columns})
 
@@ -163,7 +166,9 @@ class StateLayout:
     reference: Column
     weight: tuple[torch.dtype, torch.dtype]
 
+    @cached_property
     def spec(self) -> str:
+        """In json."""
         weight = [str(dtype).removeprefix("torch.") for dtype in self.weight]
         return json.dumps(
             {"label": self.label.spec(), "reference": self.reference.spec(), "weight": weight}
@@ -195,12 +200,11 @@ def decoded(data: bytes) -> str:
         raise StoreDamagedError("a text is not UTF-8; call store.verify()") from error
 
 
-def digest(spec: str, *columns: bytes | memoryview) -> bytes:
-    """sha256 (32,) of a row."""
-    sha = hashlib.sha256(spec.encode())
-    for column in columns:
-        sha.update(len(column).to_bytes(8, "big"))
-        sha.update(column)
+def digest(spec: str, *columns: bytes) -> bytes:
+    """sha256 (32,) of a row: its layout, the lengths of its columns, the columns."""
+    lengths = struct.pack(f">{len(columns)}q", *map(len, columns))
+    sha = hashlib.sha256(b"%b\0%b" % (spec.encode(), lengths))
+    sha.update(columns[0] if len(columns) == 1 else b"".join(columns))
     return sha.digest()
 
 
@@ -249,8 +253,7 @@ def encode_inputs(
     return [(layout, row) for row in column.rows(inputs)]
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """An item's row but for its input: everything that a memory says of it, as bytes."""
 
     layout: StateLayout
@@ -267,14 +270,11 @@ class State:
 
     @property
     def columns(self) -> tuple[bytes, ...]:
-        return (
-            self.name, self.task, self.origin, self.head, self.soft, self.hard, self.scores,
-            self.note, self.label, self.reference,
-        )  # fmt: skip
+        return self[1:]  # type: ignore[return-value]
 
     @property
     def digest(self) -> bytes:
-        return digest(self.layout.spec(), *self.columns)
+        return digest(self.layout.spec, *self.columns)
 
 
 def encode_states(
@@ -325,69 +325,80 @@ class Gathering:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.layouts: tuple[InputLayout, StateLayout] | None = None
-        self.task, self.origin, self.head = (torch.empty(n, dtype=torch.int64) for _ in range(3))
-        self.weights = [torch.empty(n, dtype=torch.float64) for _ in range(2)]
-        self.encoded: list[Any] = [None] * n
-        self.label: Filling
-        self.reference: Filling
+        self.states: list[State] = []
+        self.encoded: list[Any] = []
+        self.layout: InputLayout | None = None
         self.inputs: dict[str, Filling] = {}
 
-    def put(self, i: int, inputs: InputLayout, data: bytes, state: State) -> None:
-        layouts = (inputs, state.layout)
-        if self.layouts is None:
-            self.layouts = layouts
-            self.label = Filling(state.layout.label, self.n)
-            self.reference = Filling(state.layout.reference, self.n)
+    def put(self, inputs: InputLayout, data: bytes, state: State) -> None:
+        """The next item."""
+        if self.layout is None:
+            self.layout = inputs
             self.inputs = {name: Filling(c, self.n) for name, c in inputs.columns.items()}
-        elif layouts != self.layouts:
-            mixed = [a for a, b in zip(layouts, self.layouts, strict=True) if a != b]
+        elif inputs != self.layout or state.layout != self.states[0].layout:
             raise ValueError(
-                f"the items differ in type or shape ({mixed[0]}), so one Memory cannot hold them; "
-                "choose some by Where(kind=..., task=...)"
+                f"the items differ in type or shape ({inputs.spec}, {self.layout.spec}; "
+                f"{state.layout.spec}, {self.states[0].layout.spec}), so one Memory cannot hold "
+                "them; choose some by Where(kind=..., task=...)"
             )
-        self.task[i], self.origin[i], self.head[i] = (
-            unpack(">q", value) for value in (state.task, state.origin, state.head)
-        )
-        self.weights[0][i], self.weights[1][i] = unpack(">d", state.soft), unpack(">d", state.hard)
-        self.label.put(i, state.label)
-        self.reference.put(i, state.reference)
+        i = len(self.states)
+        self.states.append(state)
         if inputs.kind == "tensor":
             self.inputs[""].put(i, data)
         elif inputs.kind == "dict":
             for name, part in inputs.split(data).items():
                 self.inputs[name].put(i, part)
         else:
-            self.encoded[i] = inputs.value(data)
+            self.encoded.append(inputs.value(data))
 
     def memory(self, heads: Mapping[int, Any], decode: Decode | None) -> Memory:
         """heads: by the store's number."""
-        if self.layouts is None:
+        if self.layout is None:
             raise ValueError("there are no such items; ask store.count(where) before")
-        layout, state = self.layouts
+        layout, of_state = self.layout, self.states[0].layout
         if layout.kind == "tensor":
             inputs: Inputs = self.inputs[""].tensor
         elif layout.kind == "dict":
             inputs = {name: filling.tensor for name, filling in self.inputs.items()}
         else:
             inputs = (decode or _default_decode(layout.kind))(self.encoded)
-        found = list(dict.fromkeys(self.head.tolist()))
-        place = {number: i for i, number in enumerate(found)}
+        columns = dict(zip(State._fields, zip(*self.states, strict=True), strict=True))
+        numbers = _packed(columns["head"], ">i8")
+        found, head = np.unique(numbers, return_inverse=True)
         try:
-            used = tuple(heads[number] for number in found)
+            used = tuple(heads[number] for number in found.tolist())
         except KeyError as error:
             raise StoreDamagedError(f"head {error} is missing; call store.verify()") from error
+        soft, hard = of_state.weight
         return Memory(
             inputs=inputs,
-            labels=self.label.tensor,
-            reference=self.reference.tensor,
-            soft_weight=self.weights[0].to(state.weight[0]),
-            hard_weight=self.weights[1].to(state.weight[1]),
-            task=self.task,
-            origin=self.origin,
-            head=torch.tensor([place[number] for number in self.head.tolist()]),
+            labels=_filled(of_state.label, columns["label"]),
+            reference=_filled(of_state.reference, columns["reference"]),
+            soft_weight=torch.from_numpy(_packed(columns["soft"], ">f8")).to(soft),
+            hard_weight=torch.from_numpy(_packed(columns["hard"], ">f8")).to(hard),
+            task=torch.from_numpy(_packed(columns["task"], ">i8")),
+            origin=torch.from_numpy(_packed(columns["origin"], ">i8")),
+            head=torch.from_numpy(head.astype(np.int64)),
             heads=used,
         )
+
+
+def _filled(column: Column, rows: Sequence[bytes]) -> Tensor:
+    if any(len(row) != column.num_bytes for row in rows):
+        raise StoreDamagedError("a row has the wrong length; call store.verify()")
+    shape = (len(rows), *column.shape)
+    joined = bytearray(b"".join(rows))
+    if not joined:
+        return torch.empty(shape, dtype=column.dtype)
+    return torch.frombuffer(joined, dtype=column.dtype).reshape(shape).clone()
+
+
+def _packed(rows: Sequence[bytes], kind: str) -> np.ndarray:
+    """(N,) numbers of the machine's byte order."""
+    if any(len(row) != 8 for row in rows):
+        raise StoreDamagedError("a number has the wrong length; call store.verify()")
+    values = np.frombuffer(b"".join(rows), kind)
+    return values.astype(values.dtype.newbyteorder("="))
 
 
 def _default_decode(kind: Kind) -> Decode:

@@ -40,7 +40,7 @@ class Match:
             layout = codec.InputLayout(inputs["encoded"])
             rows = [(layout, data) for data in unpacked(inputs)]
         if rows and self.digests:
-            spec = rows[0][0].spec()
+            spec = rows[0][0].spec
             found = [
                 hit or codec.digest(spec, data) in self.digests
                 for hit, (_, data) in zip(found, rows, strict=True)

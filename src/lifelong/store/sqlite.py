@@ -74,6 +74,7 @@ DATABASE, GUARD = "memory.sqlite", "memory.version"
 THUMBNAILS = "thumbnails"
 _PAGE = 65536
 _CHECKPOINT = 128  # pages in the log after which SQLite writes them into the database
+_CACHE = 65536  # KiB of pages
 _ERASED = bytes(32)  # the digest of a row that was overwritten
 
 # The contents, then what says when they are there. Each row of `state` is what is believed of an
@@ -222,6 +223,7 @@ class SqliteStore:
                 "temp_store = MEMORY",  # a temporary file would hold contents
                 "synchronous = FULL",
                 "secure_delete = ON",
+                f"cache_size = -{_CACHE}",
                 f"wal_autocheckpoint = {_CHECKPOINT}",
                 f"query_only = {'ON' if mode == 'ro' else 'OFF'}",
             ):
@@ -443,13 +445,13 @@ class SqliteStore:
     def _insert_contents(
         self, con: sqlite3.Connection, contents: Sequence[tuple[codec.InputLayout, bytes]]
     ) -> range:
-        specs = {layout.spec() for layout, _ in {id(c[0]): c for c in contents}.values()}
+        specs = {layout.spec for layout, _ in {id(c[0]): c for c in contents}.values()}
         known = {spec: self._layout(con, spec) for spec in sorted(specs)}
         first = self._take(con, "item", len(contents))
         items = range(first, first + len(contents))
         rows = (
             (item, known[spec], codec.digest(spec, data), data)
-            for item, (spec, data) in zip(items, ((c.spec(), d) for c, d in contents), strict=True)
+            for item, (spec, data) in zip(items, ((c.spec, d) for c, d in contents), strict=True)
         )
         con.executemany("INSERT INTO content VALUES (?, ?, ?, ?)", rows)
         return items
@@ -463,7 +465,7 @@ class SqliteStore:
         known: dict[codec.StateLayout, int] = {}
         for _, state in states:
             if state.layout not in known:
-                known[state.layout] = self._layout(con, state.layout.spec())
+                known[state.layout] = self._layout(con, state.layout.spec)
         rows = (
             (i, item, known[s.layout], _tag(salt, s.name), s.digest, *s.columns)
             for i, (item, s) in zip(numbers, states, strict=True)
@@ -688,7 +690,7 @@ class SqliteStore:
         contents = codec.encode_inputs(memory.inputs)
         places = zip(memory.task.tolist(), memory.origin.tolist(), strict=True)
         found = [
-            today.take(codec.digest(layout.spec(), data), codec.integer(t), codec.integer(o))
+            today.take(codec.digest(layout.spec, data), codec.integer(t), codec.integer(o))
             for (layout, data), (t, o) in zip(contents, places, strict=True)
         ]
         names = [
@@ -953,16 +955,14 @@ class SqliteStore:
             "ORDER BY j.key",
             (json.dumps(states),),
         )
-        count = 0
         for *row, layout, check, data in rows:
-            state = self._state(con, row)
             inputs = self._input_layout(con, layout)
-            _require_digest(inputs.spec(), (data,), check)
-            gathering.put(count, inputs, data, state)
-            count += 1
-        if count != len(states):
+            _require_digest(inputs.spec, (data,), check)
+            gathering.put(inputs, data, self._state(con, row))
+        missing = len(states) - len(gathering.states)
+        if missing:
             raise StoreDamagedError(
-                f"{len(states) - count} items are missing from {self._database}; restore it from "
+                f"{missing} items are missing from {self._database}; restore it from "
                 "a copy, store.verify() tells what is affected"
             )
         return gathering.memory(_Heads(self, con), decode)
@@ -970,7 +970,7 @@ class SqliteStore:
     def _state(self, con: sqlite3.Connection, row: Sequence[Any]) -> codec.State:
         """Of the columns ``_WHOLE``, checked."""
         layout = self._state_layout(con, row[0])
-        _require_digest(layout.spec(), row[2:], row[1])
+        _require_digest(layout.spec, row[2:], row[1])
         return codec.State(layout, *row[2:])
 
     def _spec(self, con: sqlite3.Connection, number: int) -> str:
@@ -1008,7 +1008,7 @@ class SqliteStore:
             if row is None or row[1] == _ERASED:
                 raise ValueError(f"no version has an item {item}; store.items() lists them")
             layout = self._input_layout(con, row[0])
-            _require_digest(layout.spec(), (row[2],), row[1])
+            _require_digest(layout.spec, (row[2],), row[1])
             return layout.value(row[2])
 
     def items(
@@ -1241,11 +1241,11 @@ class SqliteStore:
         return Verification(number, items, own, tuple(found))
 
     def _verify_rows(self, con: sqlite3.Connection) -> Iterator[Finding]:
-        def check(name: str, spec: Any, columns: Sequence[bytes], digest: bytes) -> str:
+        def check(name: str, layout: Any, columns: Sequence[bytes], digest: bytes) -> str:
             if digest == _ERASED:
                 return "" if not any(bytes(c).strip(b"\0") for c in columns) else "half erased"
             try:
-                _require_digest(spec().spec(), columns, digest)
+                _require_digest(layout().spec, columns, digest)
             except (StoreDamagedError, TypeError):
                 return f"its {name} is not what was written"
             return ""
