@@ -23,11 +23,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -87,7 +88,7 @@ _TABLES = {
         "name BLOB, task BLOB, origin BLOB, head BLOB, soft BLOB, hard BLOB, scores BLOB, "
         "note BLOB, label BLOB, reference BLOB)"
     ),
-    "version": "(number INTEGER PRIMARY KEY, time TEXT, kind TEXT, message BLOB)",
+    "version": "(number INTEGER PRIMARY KEY, time TEXT, kind TEXT, digest BLOB, message BLOB)",
     "life": "(state INTEGER, item INTEGER, born INTEGER, died INTEGER)",
     "layout": "(id INTEGER PRIMARY KEY, spec TEXT)",
     "prior": "(version INTEGER PRIMARY KEY, digest BLOB)",
@@ -98,12 +99,18 @@ _APPENDED = ("content", "state", "version")
 _INDICES = {
     "state_item": "ON state(item)",
     "state_tag": "ON state(tag)",
-    "life_item": "ON life(item)",
+    "life_item": "ON life(item, state, born, died)",
     "life_died": "ON life(died)",
     "life_today": "ON life(item, state) WHERE died IS NULL",
+    "layout_spec": "ON layout(spec)",
+    "prior_digest": "ON prior(digest)",
+    "tombstone_version": "ON tombstone(version)",
+    "meta_value": "ON meta(value)",
 }
-_STATE = "s.layout, s.digest, s.name, s.task, s.origin, s.head, s.soft, s.hard, s.scores, s.note"
-_WHOLE = f"{_STATE}, s.label, s.reference"
+_WHOLE = (
+    "s.layout, s.digest, s.name, s.task, s.origin, s.head, s.soft, s.hard, s.scores, s.note, "
+    "s.label, s.reference"
+)
 
 
 class SqliteStore:
@@ -368,7 +375,8 @@ class SqliteStore:
             self._remove_orphans(con)
             yield con, number
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            con.execute("INSERT INTO version VALUES (?, ?, ?, ?)", (number, now, kind, text))
+            row = (number, now, kind, _version_digest(number, now, kind, text), text)
+            con.execute("INSERT INTO version VALUES (?, ?, ?, ?, ?)", row)
         self._note(number)
 
     def _note(self, number: int) -> None:
@@ -555,7 +563,7 @@ class SqliteStore:
                 f"SELECT s.name, s.task, s.origin FROM state s WHERE s.item IN {_CHOSEN}", (chosen,)
             ).fetchall()
             names = {name for name, _, _ in rows}
-            if any(name and name in message.encode() for name in names):
+            if _mentions(message.encode(), names):
                 raise ValueError(
                     "the message names an item that is to be forgotten, and would outlive it; "
                     "say it without the id"
@@ -583,18 +591,19 @@ class SqliteStore:
         foreign = tuple(str(path) for path in self._foreign())
         return Forgotten(number, len(items), tuple(changed), priors, influenced, foreign)
 
-    def _overwrite(self, con: sqlite3.Connection, chosen: str, names: Iterable[bytes]) -> None:
+    def _overwrite(self, con: sqlite3.Connection, chosen: str, names: Set[bytes]) -> None:
         """Zeros where the items are, of the same length: no row moves."""
         touched = con.execute(
             f"SELECT born, died FROM life WHERE item IN {_CHOSEN}", (chosen,)
         ).fetchall()
         numbers = {n for pair in touched for n in pair if n is not None}
-        messages = con.execute("SELECT number, message FROM version").fetchall()
-        numbers |= {n for n, text in messages for name in names if name and name in text}
-        con.execute(
-            f"UPDATE version SET message = zeroblob(length(message)) WHERE number IN {_CHOSEN}",
-            (json.dumps(sorted(numbers)),),
-        )
+        versions = con.execute("SELECT number, time, kind, message FROM version").fetchall()
+        blank = [
+            (bytes(len(text)), _version_digest(number, when, kind, bytes(len(text))), number)
+            for number, when, kind, text in versions
+            if number in numbers or _mentions(text, names)
+        ]
+        con.executemany("UPDATE version SET message = ?, digest = ? WHERE number = ?", blank)
         for table, key, columns in (
             ("content", "id", ("digest", "input")),
             ("state", "item", ("digest", "name", "task", "origin", "head", "soft", "hard",
@@ -1023,7 +1032,7 @@ class SqliteStore:
         with self._reading() as con:
             at = self._require_version(con, version)
             columns = (
-                f"l.item, {_STATE}, s.label, c.layout, length(c.input), "
+                f"l.item, c.layout, length(c.input), {_WHOLE}, "
                 "(SELECT min(born) FROM life b WHERE b.item = l.item)"
             )
             sql, values = self._select(con, columns, where, at)
@@ -1031,24 +1040,24 @@ class SqliteStore:
             return [self._item(con, row) for row in con.execute(sql, (*values, after, limit))]
 
     def _item(self, con: sqlite3.Connection, row: Sequence[Any]) -> Item:
-        number, layout, _, name, task, origin, head, soft, hard, scores, note, label = row[:12]
-        inputs = self._input_layout(con, row[12])
+        number, layout, size, *whole, since = row
+        state, inputs = self._state(con, whole), self._input_layout(con, layout)
         return Item(
             item=number,
-            id=codec.decoded(name),
-            task=codec.unpack(">q", task),
-            origin=codec.unpack(">q", origin),
-            label=codec.label_of(self._state_layout(con, layout), label),
-            head=self._head(con, codec.unpack(">q", head)),
-            soft_weight=codec.unpack(">d", soft),
-            hard_weight=codec.unpack(">d", hard),
-            scores=codec.parse(scores),
-            note=codec.decoded(note),
+            id=codec.decoded(state.name),
+            task=codec.unpack(">q", state.task),
+            origin=codec.unpack(">q", state.origin),
+            label=codec.label_of(state.layout, state.label),
+            head=self._head(con, codec.unpack(">q", state.head)),
+            soft_weight=codec.unpack(">d", state.soft),
+            hard_weight=codec.unpack(">d", state.hard),
+            scores=codec.parse(state.scores),
+            note=codec.decoded(state.note),
             kind=inputs.kind,
             shape=inputs.shape,
-            num_bytes=row[13],
-            since=row[14],
-            layout=f"[{self._spec(con, row[12])}, {self._spec(con, layout)}]",
+            num_bytes=size,
+            since=since,
+            layout=f"[{inputs.spec}, {state.layout.spec}]",
         )
 
     def count(self, where: Where | None = None, *, version: int | None = None) -> int:
@@ -1180,9 +1189,13 @@ class SqliteStore:
             priors = {
                 row[0] for row in con.execute("SELECT version FROM prior WHERE digest IS NOT NULL")
             }
-            rows = con.execute("SELECT number, time, kind, message FROM version ORDER BY number")
+            rows = con.execute("SELECT * FROM version ORDER BY number")
             result, size = [], None
-            for number, when, kind, message in rows.fetchall():
+            for number, when, kind, digest, message in rows.fetchall():
+                if _version_digest(number, when, kind, message) != digest:
+                    raise StoreDamagedError(
+                        f"version {number} is not what was written; call store.verify()"
+                    )
                 if size is None:
                     size = sum(n for at, n in born.items() if at < number)
                     size -= sum(n for at, n in died.items() if at is not None and at < number)
@@ -1243,7 +1256,8 @@ class SqliteStore:
     def _verify_rows(self, con: sqlite3.Connection) -> Iterator[Finding]:
         def check(name: str, layout: Any, columns: Sequence[bytes], digest: bytes) -> str:
             if digest == _ERASED:
-                return "" if not any(bytes(c).strip(b"\0") for c in columns) else "half erased"
+                blank = all(isinstance(c, bytes) and not c.strip(b"\0") for c in columns)
+                return "" if blank else "is half erased"
             try:
                 _require_digest(layout().spec, columns, digest)
             except (StoreDamagedError, TypeError):
@@ -1267,8 +1281,11 @@ class SqliteStore:
         )
         for (item,) in lost.fetchall():
             yield Finding(f"item {item}", "is in a version, and its row is missing")
-        rows = con.execute("SELECT number FROM version ORDER BY number")
-        numbers = [row[0] for row in rows.fetchall()]
+        versions = con.execute("SELECT * FROM version ORDER BY number").fetchall()
+        for number, when, kind, digest, message in versions:
+            if _version_digest(number, when, kind, message) != digest:
+                yield Finding(f"version {number}", "is not what was written")
+        numbers = [row[0] for row in versions]
         if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             yield Finding(DATABASE, "versions are missing in between")
         if self._meta("pending") is not None:
@@ -1380,6 +1397,7 @@ class _Today:
 
 
 _OF_PARENTS: list[sqlite3.Connection] = []  # never closed in a child
+_BETWEEN = re.compile(rb"[\s,;()\[\]{}<>'\"]+")  # words of a message
 _ALIVE = "l.born <= ? AND (l.died IS NULL OR l.died > ?)"
 _CHOSEN = "(SELECT value FROM json_each(?))"
 
@@ -1435,13 +1453,28 @@ def _utf8(text: str, what: str) -> bytes:
         raise ValueError(f"{what} must be text that UTF-8 can write, got {text!r}") from error
 
 
+def _mentions(message: bytes, names: Set[bytes]) -> bool:
+    """Whether a message names one of the ids, as a word; ids of several words as a part.
+
+    One look-up a word, however many ids there are.
+    """
+    words = {part.strip(b".:!?") for part in _BETWEEN.split(message)}
+    several = [name for name in names if _BETWEEN.search(name)]
+    return not names.isdisjoint(words - {b""}) or any(name in message for name in several)
+
+
 def _default_ids(memory: Memory) -> list[str]:
     places = zip(memory.task.tolist(), memory.origin.tolist(), strict=True)
     return [default_id(task, origin) for task, origin in places]
 
 
+def _version_digest(number: int, when: Any, kind: Any, message: Any) -> bytes:
+    return hashlib.sha256(repr((number, when, kind, message)).encode()).digest()
+
+
 def _require_digest(spec: str, columns: Sequence[Any], expected: Any) -> None:
-    if codec.digest(spec, *columns) != expected:
+    whole = all(isinstance(column, bytes) for column in columns)
+    if not whole or codec.digest(spec, *columns) != expected:
         raise StoreDamagedError(
             "an item's bytes are not those that were written; restore the store from a copy, "
             "store.verify() tells which"
