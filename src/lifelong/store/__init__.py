@@ -25,9 +25,11 @@ from .base import (
     Version,
     Where,
 )
+from .export import Exported, read_export
 
 __all__ = [
     "Diff",
+    "Exported",
     "Finding",
     "Forgotten",
     "Item",
@@ -37,6 +39,7 @@ __all__ = [
     "Version",
     "Where",
     "open_store",
+    "read_export",
 ]
 
 

@@ -52,7 +52,8 @@ class Item:
 
     item: its number; id: the user's name for it; label: a number, or a list of them; head: the
     outputs that compete; scores: by name; note: in words; kind, shape, num_bytes: of the input
-    (shape () for images and text); since: the version that it came with.
+    (shape () for images and text); since: the version that it came with; layout: types and
+    shapes in json, the same for items that fit into one ``Memory``.
     """
 
     item: int
@@ -69,6 +70,7 @@ class Item:
     shape: tuple[int, ...]
     num_bytes: int
     since: int
+    layout: str
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class MemoryStore(Protocol):
         """What ``save_prior`` was given. ValueError where that version has none."""
         ...
 
-    def raw(self, item: int, *, version: int | None = None) -> Any:
+    def raw(self, item: int) -> Any:
         """An item's input as it came: bytes, str, Tensor, or a dict of tensors."""
         ...
 
