@@ -841,7 +841,8 @@ COMMANDS: dict[str, Command] = {
     "drop": Command(
         Drop,
         _drop,
-        "Take items out of today's memory. Older versions keep them, and restore brings\nthem back; "
+        "Take items out of today's memory. Older versions keep them, and restore brings\n"
+        "them back; "
         "to erase them, use forget.",
         ("drop memories/x --ids 3,5,9", "drop memories/x --task 0 --label 3"),
     ),

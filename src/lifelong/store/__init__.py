@@ -46,9 +46,15 @@ __all__ = [
 def open_store(path: str | Path, mode: Mode = "a", *, timeout: float = 30.0) -> MemoryStore:
     """The store in folder ``path``. mode: "r" to read, "a" to write too, made where it is missing.
 
-    timeout: seconds to wait for another writer. Raises FileNotFoundError for "r" where nothing is
-    there, StoreDamagedError, StoreVersionError, StoreReadOnlyError, StoreBusyError.
+    A name that ends in .lance, or an address such as s3://bucket/name, is kept by Lance (extra
+    ``lance``), all others by SQLite. timeout: seconds to wait for another writer. Raises
+    FileNotFoundError for "r" where nothing is there, StoreDamagedError, StoreVersionError,
+    StoreReadOnlyError, StoreBusyError; ImportError without pylance.
     """
+    if "://" in str(path) or str(path).endswith(".lance"):
+        from .lance import LanceStore
+
+        return LanceStore(path, mode, timeout=timeout)
     from .sqlite import SqliteStore
 
     return SqliteStore(path, mode, timeout=timeout)
