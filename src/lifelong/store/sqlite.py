@@ -169,6 +169,8 @@ class SqliteStore:
                         "changed; put the file back from a copy, or remove memory.version to go "
                         f"on from version {found}"
                     )
+                if self.mode == "a":
+                    self._require_rights()
                 self._con = probe if self.mode == "r" else self._connect("rw")
             finally:
                 if self._con is not probe:
@@ -260,6 +262,15 @@ class SqliteStore:
                 f"program ({', '.join(odd)[:200] or 'its header'}); choose another folder, or "
                 "restore it from a copy"
             )
+
+    def _require_rights(self) -> None:
+        """SQLite would open what cannot be written for reading, and fail at the first write."""
+        for path in (self.folder, self._database):
+            if not os.access(path, os.W_OK):
+                raise StoreReadOnlyError(
+                    f"{path} cannot be written; change its permissions, or read it with "
+                    'open_store(path, "r")'
+                )
 
     def _require_length(self, con: sqlite3.Connection, size: int) -> None:
         pages = con.execute("PRAGMA page_count").fetchone()[0]
@@ -403,9 +414,18 @@ class SqliteStore:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
+    @property
+    def _salt(self) -> bytes:
+        salt = self._meta("salt")
+        if not isinstance(salt, bytes):
+            raise StoreDamagedError(f"{self._database} has lost its salt; restore it from a copy")
+        return salt
+
     def _take(self, con: sqlite3.Connection, key: str, n: int) -> int:
         """The first of n numbers that were never used."""
         first = self._meta(key)
+        if not isinstance(first, int):
+            raise StoreDamagedError(f"{self._database} has lost a count; restore it from a copy")
         con.execute("UPDATE meta SET value = ? WHERE key = ?", (first + n, key))
         return first
 
@@ -469,7 +489,7 @@ class SqliteStore:
     ) -> range:
         first = self._take(con, "state", len(states))
         numbers = range(first, first + len(states))
-        salt = self._meta("salt")
+        salt = self._salt
         known: dict[codec.StateLayout, int] = {}
         for _, state in states:
             if state.layout not in known:
@@ -492,7 +512,7 @@ class SqliteStore:
     def _require_not_forgotten(self, con: sqlite3.Connection, names: Iterable[str]) -> None:
         if con.execute("SELECT 1 FROM tombstone LIMIT 1").fetchone() is None:
             return
-        salt = self._meta("salt")
+        salt = self._salt
         for name in names:
             row = con.execute(
                 "SELECT version FROM tombstone WHERE hash = ?", (_hash(salt, name.encode()),)
@@ -581,7 +601,7 @@ class SqliteStore:
             changed += self._remove_thumbnails(set(items))
             priors, influenced = self._forget_in_priors(con, items)
             self._overwrite(con, chosen, names)
-            salt = self._meta("salt")
+            salt = self._salt
             con.executemany(
                 "INSERT OR REPLACE INTO tombstone VALUES (?, ?)",
                 [(_hash(salt, name), number) for name in names],
@@ -912,7 +932,10 @@ class SqliteStore:
         """
         with self._reading() as con:
             at = self._require_version(con, version)
-            if which is None or isinstance(which, Where):
+            if which is None:
+                sql, values = _alive("l.state", at)
+                states = [row[0] for row in con.execute(sql + " ORDER BY l.item", values)]
+            elif isinstance(which, Where):
                 sql, values = self._select(con, "l.state", which, at)
                 states = [row[0] for row in con.execute(sql + " ORDER BY l.item", values)]
             else:
@@ -1001,6 +1024,16 @@ class SqliteStore:
         if key not in self._layouts:
             self._layouts[key] = codec.StateLayout.of(self._spec(con, number))
         return self._layouts[key]
+
+    def _require_layout(self, con: sqlite3.Connection, number: int) -> None:
+        """It is one of inputs, of states, or a head."""
+        value = codec.parse(self._spec(con, number))
+        if not isinstance(value, dict):
+            self._head(con, number)
+        elif "kind" in value:
+            self._input_layout(con, number)
+        else:
+            self._state_layout(con, number)
 
     def _head(self, con: sqlite3.Connection, number: int) -> Any:
         head = codec.parse(self._spec(con, number))
@@ -1128,6 +1161,8 @@ class SqliteStore:
         if version is None:
             return newest
         oldest = self._meta("oldest") or 0
+        if type(oldest) is not int:
+            raise StoreDamagedError("the oldest version is no number; call store.verify()")
         if not oldest <= version <= newest:
             raise StoreVersionError(
                 f"there is no version {version}: {oldest} to {newest} are kept; store.history() "
@@ -1152,7 +1187,7 @@ class SqliteStore:
         odd = [w for w in wanted if type(w) not in (int, str)]
         if odd:
             raise TypeError(f"expected item numbers (int) or ids (str), got {odd[0]!r}")
-        salt = self._meta("salt")
+        salt = self._salt
         names = {name: _utf8(name, "an id") for name in wanted if isinstance(name, str)}
         tags = json.dumps([_tag(salt, name) for name in names.values()])
         rows = con.execute(
@@ -1225,7 +1260,7 @@ class SqliteStore:
     def forgotten(self, id: str) -> Tombstone | None:
         """See ``MemoryStore.forgotten``."""
         with self._reading() as con:
-            name = _hash(self._meta("salt"), _utf8(id, "an id"))
+            name = _hash(self._salt, _utf8(id, "an id"))
             row = con.execute(
                 "SELECT t.version, v.time FROM tombstone t LEFT JOIN version v ON "
                 "v.number = t.version WHERE t.hash = ?",
@@ -1273,6 +1308,11 @@ class SqliteStore:
             problem = check("row", lambda n=layout: self._state_layout(con, n), row[2:], row[1])
             if problem:
                 yield Finding(f"item {item}", problem)
+        for number, spec in con.execute("SELECT id, spec FROM layout").fetchall():
+            try:
+                self._require_layout(con, number)
+            except StoreDamagedError:
+                yield Finding(f"layout {number}", f"is not what was written: {str(spec)[:80]!r}")
         lost = con.execute(
             "SELECT l.item FROM life l LEFT JOIN state s ON s.id = l.state AND s.item = l.item "
             "LEFT JOIN content c ON c.id = l.item WHERE s.id IS NULL OR c.id IS NULL OR "
@@ -1288,6 +1328,9 @@ class SqliteStore:
         numbers = [row[0] for row in versions]
         if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             yield Finding(DATABASE, "versions are missing in between")
+        numbers = [self._meta("item"), self._meta("state"), self._meta("oldest") or 0]
+        if type(self._meta("salt")) is not bytes or any(type(n) is not int for n in numbers):
+            yield Finding(DATABASE, "its numbers or its salt are missing")
         if self._meta("pending") is not None:
             yield Finding(DATABASE, "erasing was not finished: open it for writing", damage=False)
 
