@@ -77,7 +77,8 @@ def test_help_needs_no_torch() -> None:
     """Torch takes seconds to import."""
     code = (
         "import sys, lifelong.cli as cli\n"
-        "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn']):\n"
+        "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn'],\n"
+        "             ['adapt', '--help'], ['adapt', 'remove', '--help'], ['adapt', 'remov']):\n"
         "    cli.main(args)\n"
         "sys.exit('torch' in sys.modules)"
     )
