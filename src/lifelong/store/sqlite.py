@@ -26,7 +26,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -340,7 +340,8 @@ class SqliteStore(Database):
     def compact(self, *, keep: int = 1) -> int:
         """See ``MemoryStore.compact``. Takes room and time for a copy of what stays.
 
-        Raises ValueError for ``keep`` below 1, StoreBusyError as ``forget``.
+        Raises ValueError for ``keep`` below 1, StoreBusyError as ``forget``, StoreDamagedError
+        where the file of a prior that is kept is.
         """
         if keep < 1:
             raise ValueError(f"at least today's version is kept, got keep={keep}")
@@ -350,6 +351,11 @@ class SqliteStore(Database):
             effective = con.execute("SELECT max(version) FROM prior WHERE version <= ?", (oldest,))
             con.execute("DELETE FROM prior WHERE version < ?", (effective.fetchone()[0] or 0,))
             con.execute("INSERT OR REPLACE INTO meta VALUES ('oldest', ?)", (oldest,))
+            # A kernel in a prior's file has a row for each item, also of those that go now.
+            alive = {row[0] for row in con.execute("SELECT state FROM life")}
+            named = con.execute("SELECT DISTINCT digest FROM prior WHERE digest IS NOT NULL")
+            for (name,) in named.fetchall():
+                self._rewrite_prior(con, name, alive.__contains__)
             kept = {
                 "state": "t.id IN (SELECT state FROM life)",
                 "content": "t.id IN (SELECT item FROM life)",
@@ -526,12 +532,18 @@ class SqliteStore(Database):
             return older, False
         rows = con.execute(f"SELECT id FROM state WHERE item IN {_CHOSEN}", (json.dumps(items),))
         erased = {row[0] for row in rows}
+        return older, self._rewrite_prior(con, now, lambda state: state not in erased)
+
+    def _rewrite_prior(
+        self, con: sqlite3.Connection, name: bytes, keeps: Callable[[int], bool]
+    ) -> bool:
+        """Put a prior without some states in its place; whether it had any of them."""
         held = False
 
         def change(holder: dict[str, Any]) -> dict[str, Any] | None:
             nonlocal held
             refers = holder["memory"]
-            keep = torch.tensor([row not in erased for row in refers["rows"].tolist()]).bool()
+            keep = torch.tensor([keeps(row) for row in refers["rows"].tolist()]).bool()
             if keep.all():
                 return None
             held = True
@@ -542,13 +554,13 @@ class SqliteStore(Database):
             return changed
 
         try:
-            state = scrub.map_memories(self._read_prior(now), change, _is_reference)
+            state = scrub.map_memories(self._read_prior(name), change, _is_reference)
         except FileNotFoundError as error:
             raise StoreDamagedError(f"{error} is missing; restore it from a copy") from error
         if held:
             new = self._write_prior(state)
-            con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, now))
-        return older, held
+            con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, name))
+        return held
 
     def _remove_orphans(self, con: sqlite3.Connection) -> list[str]:
         """Erase priors that no version names, and what a kill left half-written."""
