@@ -509,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
 
     smoke = options.smoke
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "kills": lambda p: kills(p, 3 if smoke else options.rounds),
+        "kills": lambda p: kills(p, *((3, 0.06) if smoke else (options.rounds, 0.25))),
         "readers": lambda p: readers(p, 0.3 if smoke else 5.0),
         "forgetting": lambda p: forgetting(p, *((40, 7) if smoke else (1000, 100))),
         "churn": lambda p: churn(p, 4 if smoke else 150),
