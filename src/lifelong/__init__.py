@@ -35,6 +35,9 @@ if TYPE_CHECKING:
         NotConvergedError,
         NotRepeatableError,
         StaleAnchorError,
+        NotRepeatableError,
+        StaleAnchorError,
+        StoreError,
     )
     from .function_space import function_covariance, function_kernel
     from .kernel_methods import Hinge, KernelMachine, KernelPrior
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
         sensitivities,
         variance_from_optimizer,
     )
+    from .store import MemoryStore, open_store
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
     from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -106,6 +110,7 @@ __all__ = [
     "Logit",
     "LowRank",
     "Memory",
+    "MemoryStore",
     "MemoryTerm",
     "NonFiniteError",
     "NotConvergedError",
@@ -119,6 +124,7 @@ __all__ = [
     "Regulariser",
     "SensitivityTrace",
     "StaleAnchorError",
+    "StoreError",
     "Task",
     "TaskStream",
     "Vadam",
@@ -153,6 +159,7 @@ __all__ = [
     "memorise",
     "online_ewc",
     "online_laplace",
+    "open_store",
     "permuted",
     "pseudo_data",
     "rotated",
@@ -192,6 +199,9 @@ _MODULES = {
         "NotConvergedError",
         "NotRepeatableError",
         "StaleAnchorError",
+        "NotRepeatableError",
+        "StaleAnchorError",
+        "StoreError",
     ),
     "function_space": ("function_covariance", "function_kernel"),
     "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
@@ -231,6 +241,7 @@ _MODULES = {
         "sensitivities",
         "variance_from_optimizer",
     ),
+    "store": ("MemoryStore", "open_store"),
     "streams": (
         "Task",
         "TaskStream",
