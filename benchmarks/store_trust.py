@@ -1,6 +1,6 @@
 """A memory on disk that is killed, read while it is written, and searched for what it forgot.
 
-    python -m benchmarks.store_trust --out DIR [--rounds 200] [--items 20000] [--smoke]
+    python -m benchmarks.store_trust --out DIR [--only kills readers] [--smoke]
 
 kills: a child appends, drops, restores, saves priors, forgets and compacts at random until a kill
 -9 at a random moment. It says what it is about to do, and what was committed; afterwards the
@@ -484,6 +484,7 @@ def speed(folder: Path, items: int, side: int = 64) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="these parts; the others' results stay")
     parser.add_argument("--work", type=Path, help="where the stores are written and removed")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--items", type=int, default=20_000, help="of the timed store")
@@ -502,13 +503,16 @@ def main(argv: list[str] | None = None) -> None:
     smoke = options.smoke
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "kills": lambda p: kills(p, 3 if smoke else options.rounds),
-        "readers": lambda p: readers(p, 0.3 if smoke else 10.0),
+        "readers": lambda p: readers(p, 0.3 if smoke else 5.0),
         "forgetting": lambda p: forgetting(p, *((40, 7) if smoke else (1000, 100))),
         "churn": lambda p: churn(p, 4 if smoke else 150),
         "speed": lambda p: speed(p, 400 if smoke else options.items),
     }
-    result: dict[str, Any] = {}
+    path = options.out / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name, part in parts.items():
+        if options.only and name not in options.only:
+            continue
         shutil.rmtree(place, ignore_errors=True)
         started = time.perf_counter()
         result[name] = part(place)

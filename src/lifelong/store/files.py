@@ -91,5 +91,5 @@ def sync(folder: Path) -> None:
 
 def _zero(handle: int, size: int) -> None:
     for start in range(0, size, _PIECE):
-        os.pwrite(handle, bytes(min(_PIECE, size - start)), start)
+        os.write(handle, bytes(min(_PIECE, size - start)))
     os.fsync(handle)
