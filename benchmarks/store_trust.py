@@ -350,10 +350,12 @@ def readers(folder: Path, seconds: float, count: int = 4, batch: int = 7) -> dic
 # ------------------------------------------------------------------- forgetting
 
 
-def forgetting(folder: Path, items: int, forget: int, seed: int = 0) -> dict[str, Any]:
+def forgetting(
+    folder: Path, items: int, forget: int, seed: int = 0, name: str = "store"
+) -> dict[str, Any]:
     """Everything a store can do with items, then forget some, then search every file."""
     rng, run = random.Random(seed), folder / "run"
-    store_folder = folder / "store"
+    store_folder = folder / name
     ids = {n: pattern(n, 640)[600:].hex() for n in range(1, items + 1)}
     notes = {n: pattern(n, 680)[640:].hex() for n in ids}
     messages = {}
