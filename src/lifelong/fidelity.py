@@ -23,8 +23,9 @@ scale of a weight, and each direction counts by how much the data leave it open.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -37,8 +38,8 @@ from .curvature import Curvature, diagonal_curvature
 from .curve import PROBES, Curve, probe
 from .data import BATCH_SIZE, Batch, Data, Examples, Head, batches, head_of, require_repeatable
 from .jacobians import gradient as data_gradient
-from .likelihoods import Likelihood
-from .models import Params, concat, evaluating, parameters, snapshot
+from .likelihoods import Categorical, Likelihood
+from .models import Params, concat, device_of, evaluating, forward, parameters, snapshot
 from .posterior import Posterior
 from .predictive import holding
 from .prior import Prior
@@ -47,7 +48,7 @@ from .terms import MemoryTerm, Regulariser, WeightTerm
 
 Norm = Literal["posterior", "euclidean"]
 Interval = tuple[float, float]
-_CHUNKS = 200  # pieces of the sample that are resampled
+_CHUNKS = 100  # pieces of the sample that are resampled
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,93 @@ class Trail:
             self.weights.append(snapshot(parameters(self.model)))
 
 
+def rehearse(
+    prior: Prior,
+    model: nn.Module,
+    past: Data | Sequence[Data],
+    *,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    steps: int = 60,
+    every: int = 60,
+    num_examples: int = 300,
+    batch_size: int = 32,
+    generator: torch.Generator | None = None,
+) -> list[Params]:
+    """Weights along an imagined adaptation: a path for ``fidelity`` before there is a real one.
+
+    A copy of the model learns, under the prior, an imagined task: inputs of the past whose features
+    are shuffled by one permutation, with labels that are shuffled too (one permutation of the
+    classes that may occur: those in no head of the past where there are two of them, else all
+    outputs; other labels change places among the examples). No real task is used. The weights
+    after each ``every`` of ``steps`` steps; the model is left alone.
+
+    optimizer: makes one, best the one that the real task will be trained with; Adam by default.
+    A draw of about ``num_examples`` of the past. Raises ValueError for settings below 1, TypeError
+    for inputs that are no tensor; else as ``Prior.loss``.
+    """
+    for name, value in (("steps", steps), ("every", every), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    tasks = _tasks(past)
+    sample = _draw(
+        [(data, head_of(data)) for data in tasks], max(2, num_examples), 2, generator, BATCH_SIZE
+    )
+    imagined = _imagined(prior, model, tasks, sample, generator)
+    net = copy.deepcopy(model)
+    trail = Trail(net, every=every)
+    made = (optimizer or _adam)(parameters(net).values())
+    n, done = len(imagined), 0
+    with evaluating(net):
+        while done < steps:
+            for index in torch.randperm(n, generator=generator).split(batch_size)[: steps - done]:
+                inputs, labels, _ = imagined.batch(index)
+                made.zero_grad()
+                value = prior.loss(net, inputs, labels, num_data=n, head=imagined.head)
+                value.backward()
+                made.step()
+                trail()
+                done += 1
+    return trail.weights
+
+
+def _adam(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-3)
+
+
+def _imagined(
+    prior: Prior,
+    model: nn.Module,
+    tasks: list[Data],
+    sample: _Sample,
+    generator: torch.Generator | None,
+) -> Examples:
+    """Inputs and labels of the sample, both shuffled."""
+    parts = [(data.inputs, data.labels) for _, data, _, _ in sample.pieces()]
+    if not all(isinstance(x, Tensor) for x, _ in parts):
+        raise TypeError(
+            "an imagined task shuffles the features of a tensor, and these inputs are a dict; "
+            "record a path with Trail instead"
+        )
+    device = device_of(model)
+    inputs = torch.cat([x for x, _ in parts]).to(device)  # type: ignore[misc]
+    labels = torch.cat([y for _, y in parts]).to(device)
+    shape = inputs.shape
+    features = torch.randperm(shape[1:].numel(), generator=generator).to(device)
+    inputs = inputs.flatten(1)[:, features].reshape(shape)
+    if labels.ndim > 1 or labels.is_floating_point():
+        return Examples(inputs, labels[torch.randperm(len(labels), generator=generator).to(device)])
+    with evaluating(model), torch.no_grad():
+        num_outputs = forward(model, inputs[:1]).shape[1]
+    if num_outputs == 1 or not isinstance(prior.likelihood, Categorical):
+        return Examples(inputs, labels[torch.randperm(len(labels), generator=generator).to(device)])
+    heads = [head_of(data) for data in tasks]
+    known = set(range(num_outputs)) if None in heads else {c for h in heads for c in h or ()}
+    free = [c for c in range(num_outputs) if c not in known]
+    classes = torch.tensor(free if len(free) > 1 else range(num_outputs))
+    order = classes[torch.randperm(len(classes), generator=generator)].to(device)
+    return Examples(inputs, order[labels % len(order)], head=tuple(free) if len(free) > 1 else None)
+
+
 def fidelity(
     prior: Prior,
     model: nn.Module,
@@ -189,7 +277,7 @@ def fidelity(
     class of each task (at least two of each), and say by the bootstrap how sure that is: an
     interval of ``level`` from ``resamples``. The gradient at the anchor is still summed over all.
     Cost: a pass for the anchor, then a backward pass for each weight and example read. Holds about
-    200 gradients where it samples, one for each class otherwise.
+    100 gradients where it samples, one for each class otherwise.
 
     Raises ValueError for settings out of range, no weights to look at, and data without examples;
     StaleAnchorError for a model of other parameters; NotRepeatableError as ``Prior.update``.
