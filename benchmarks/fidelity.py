@@ -33,9 +33,9 @@ from lifelong import Categorical, Examples, Posterior, Prior, TaskStream
 from lifelong.benchmarks import mlp
 from lifelong.budget import Fidelity
 from lifelong.data import head_mask
-from lifelong.fidelity import fidelity, fidelity_curve, rehearse
 from lifelong.models import parameters, snapshot
 from lifelong.readers import find, load
+from lifelong.reconstruction import fidelity, fidelity_curve, rehearse
 from lifelong.runs import versions
 from lifelong.streams import permuted, split_by_class
 from lifelong.toys import digits
@@ -50,7 +50,7 @@ class Config:
 
     development: tuple[str, ...] = ("split-digits", "permuted-digits")
     confirmation: tuple[str, ...] = ("split-mnist", "permuted-mnist")
-    memory: tuple[int, ...] = (0, 2, 5, 10, 20, 50, 200)
+    memory: tuple[int, ...] = (0, 2, 10, 50, 200)
     tasks: int = 4  # of the permuted streams
     per_task: int = 1000  # training examples of a MNIST task
     hidden: int = 64
@@ -417,27 +417,31 @@ PARTS = ("cells", "coverage", "curve", "speed")
 
 
 def run(
-    config: Config, data: Path | None, out: Path, parts: tuple[str, ...] = PARTS
+    config: Config,
+    data: Path | None,
+    out: Path,
+    parts: tuple[str, ...] = PARTS,
+    streams: tuple[str, ...] = (),
+    merged: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
-    """Parts that were not asked for stay as they are in the record."""
+    """Parts and streams that were not asked for stay as they are in the record, and those of the
+    records in ``merged`` are added."""
     out.mkdir(parents=True, exist_ok=True)
     log, path = Log(), out / "result.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
+    for other in merged:
+        found = json.loads((other / "result.json").read_text())
+        result = {**result, **found, "cells": result.get("cells", []) + found.get("cells", [])}
+        log.lines += (other / "log.txt").read_text().splitlines()
     start = time.perf_counter()
     if "cells" in parts:
-        rows = []
-        for name in (*config.development, *config.confirmation):
+        names = streams or (*config.development, *config.confirmation)
+        rows = [row for row in result.get("cells", []) if row["stream"] not in names]
+        for name in names:
             for seed in config.seeds:
                 rows += cells(name, config, data, seed, log)
-        result["cells"], result["chosen"] = rows, CHOSEN
-        for name in ("development", "confirmation"):
-            result[name] = summary(rows, getattr(config, name))
-            for group, found in result[name].items():
-                value, (low, high) = found["spearman"][CHOSEN], found["interval_95"]
-                log(
-                    f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value:.3f} "
-                    f"({low:.2f} to {high:.2f}); {json.dumps(found['spearman'])}"
-                )
+        result["cells"] = rows
+    result |= told(result.get("cells", []), config, log)
     if "coverage" in parts:
         result["coverage"] = coverage(config, log)
     if "curve" in parts:
@@ -454,6 +458,20 @@ def run(
     return result
 
 
+def told(rows: list[dict], config: Config, log: Log) -> dict[str, Any]:
+    """The rank correlations of both sets of streams, on the screen too."""
+    result: dict[str, Any] = {"chosen": CHOSEN}
+    for name in ("development", "confirmation"):
+        result[name] = summary(rows, getattr(config, name))
+        for group, found in result[name].items():
+            value, (low, high) = found["spearman"][CHOSEN], found["interval_95"]
+            log(
+                f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value:.3f} "
+                f"({low:.2f} to {high:.2f}); {json.dumps(found['spearman'])}"
+            )
+    return result
+
+
 def revision() -> str:
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip()
@@ -465,9 +483,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--streams", nargs="*", default=[], help="of the cells; all by default")
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="records to add first")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run(SMOKE if options.smoke else Config(), options.data, options.out, tuple(options.parts))
+    run(
+        SMOKE if options.smoke else Config(),
+        options.data,
+        options.out,
+        tuple(options.parts),
+        tuple(options.streams),
+        tuple(options.merge),
+    )
 
 
 if __name__ == "__main__":

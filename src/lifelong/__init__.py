@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget import Bytes, Fidelity
     from .curvature import (
         BlockDiagonal,
         Dense,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
+    from .reconstruction import FidelityReport, Trail, fidelity, fidelity_curve, rehearse
     from .scores import identify
     from .sensitivity import (
         SensitivityTrace,
@@ -80,12 +82,15 @@ __all__ = [
     "AccuracyMatrix",
     "Bernoulli",
     "BlockDiagonal",
+    "Bytes",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
     "EigenKronecker",
     "Examples",
+    "Fidelity",
+    "FidelityReport",
     "Gaussian",
     "GaussianProcess",
     "Isotropic",
@@ -108,6 +113,7 @@ __all__ = [
     "StaleAnchorError",
     "Task",
     "TaskStream",
+    "Trail",
     "Vadam",
     "WeightTerm",
     "block_curvature",
@@ -122,6 +128,8 @@ __all__ = [
     "evaluating",
     "ewc",
     "experience_replay",
+    "fidelity",
+    "fidelity_curve",
     "finetune",
     "fromp",
     "function_covariance",
@@ -142,6 +150,7 @@ __all__ = [
     "online_laplace",
     "permuted",
     "pseudo_data",
+    "rehearse",
     "rotated",
     "sensitivities",
     "separate",
@@ -155,6 +164,7 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
+    "budget": ("Bytes", "Fidelity"),
     "curvature": (
         "BlockDiagonal",
         "Dense",
@@ -202,6 +212,7 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
+    "reconstruction": ("FidelityReport", "Trail", "fidelity", "fidelity_curve", "rehearse"),
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",

@@ -2,7 +2,7 @@ r"""Budgets: how much may be remembered. Plain values; nothing here needs torch.
 
     200                 examples
     "20MB", Bytes(n)    bytes: kB, MB, GB are powers of 1000, KiB, MiB, GiB powers of 1024
-    Fidelity(0.95)      as few examples as give the past's gradient back so well (``fidelity.py``)
+    Fidelity(0.95)      as few examples as give the past's gradient back so well
     None                everything
 
 As text, for flags and files: "200", "20MB", "fidelity:0.95". ``plain`` and ``parse`` are inverse.

@@ -2,7 +2,7 @@ r"""The curve of fidelity against memory, for every size at once, before the dat
 
 Near the anchor the error of a prior is e = -E d, with E the curvature that it lacks, so that
 
-    fidelity(m) = 1 - ‖Sigma^½ E(m) Sigma^½‖ / ‖Sigma^½ G Sigma^½‖         (``fidelity.py``)
+    fidelity(m) = 1 - ‖Sigma^½ E(m) Sigma^½‖ / ‖Sigma^½ G Sigma^½‖         (``reconstruction.py``)
     E(m) = sum_all J*ᵀ H J* - w(m) sum_kept J*ᵀ H J* - G_rest(m)
 
 Both norms are seen through S probes d_s ~ N(0, Sigma): the mean square of <d_s, E d_t> over s ≠ t

@@ -686,7 +686,7 @@ class _Moments:
         count = len(self.points)
         ones = torch.ones(1, len(self.gram) - 2, dtype=torch.float64)
         ee, cc, ec = (float(x) for x in self.squares(ones, draws, 1.0))
-        relative = _relative(torch.tensor([ee]), torch.tensor([cc]))
+        relative = _relative(*torch.tensor([[ee], [cc]], dtype=torch.float64))
         interval = None
         if draws.weights is not None:
             # Resampled squares are too large by what is taken off the sample's, once more.
