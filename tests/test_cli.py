@@ -114,6 +114,8 @@ def test_the_package_offers_its_names_lazily() -> None:
         (["run", "--prior", "frmp"], "Expected one of ('finetune',"),
         (["run", "--scenario", "tsk"], "expected task or class or domain, got 'tsk'"),
         (["run", "--memory", "few"], "'few' is no budget"),
+        (["run", "--memory", "0B"], "at least 1, got 0"),
+        (["run", "--memory", "fidelity:2"], "lies in (0, 1], got 2"),
         (["run", "--lr"], "Missing value for argument '--lr'"),
         (["run", "--prior", "ewc", "--set", "strngth=1"], "did you mean 'strength'?"),
         (["run", "--benchmark", "split-mnist"], "set LIFELONG_DATA"),

@@ -1,22 +1,21 @@
 r"""The curve of fidelity against memory, for every size at once, before the data are thrown away.
 
-Near the anchor the error of a prior is e = -E d, with E the curvature that it lacks, so that
+The error e of a prior (``reconstruction.py``) is a sum: what each example's gradient changes by,
+less what its item in memory says, times its weight, less G d of the rest. Both norms are seen
+through S probes, theta_s = theta* + d_s with d_s ~ scale N(0, Sigma): <e(theta_s), d_t> over t ≠ s
+has a mean square of scale² e(theta_s)ᵀ Sigma e(theta_s). An example's part of <c(theta_s), d_t> is
 
-    fidelity(m) = 1 - ‖Sigma^½ E(m) Sigma^½‖ / ‖Sigma^½ G Sigma^½‖         (``reconstruction.py``)
-    E(m) = sum_all J*ᵀ H J* - w(m) sum_kept J*ᵀ H J* - G_rest(m)
+    t_i = <r_i(theta_s) - r_i(theta*), f_i(theta_t) - f_i(theta*)>:    S x S numbers,
 
-Both norms are seen through S probes d_s ~ N(0, Sigma): the mean square of <d_s, E d_t> over s ≠ t
-is the squared Frobenius norm (the terms s = t would add the trace). An example's part of it is
-
-    t_i = (J_i d_s)ᵀ H_i (J_i d_t):  S x S numbers;  J_i d ~ (f_i(theta* + eps d) - f*_i) / eps,
-
-so one reading of the data and S + 1 forward passes give t_i of them all, and the memory of any size
-by any rule is a sum of some. Exact where the model is linear; elsewhere J_i d is the secant over
-eps times a posterior's draw. What a full memory of items that stand for themselves carries is all.
+r the residuals, so one reading of the data and S + 1 forward passes give t_i of them all, and the
+memory of any size by any rule is a sum of some. Exact where the model is linear; elsewhere the
+secant of f stands for its Jacobian at theta_s. An error at theta* itself, of a prior that takes its
+anchor for a minimum, is not in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +35,7 @@ from .scores import Score, outputs, score_batch
 
 PROBES = 8
 _SIGMA_FROM = 1000  # examples that Sigma is estimated from
-_STEP = 0.1  # eps
+SCALE = 0.1  # of a posterior's draw: further out a diagonal one leaves all that was learned
 _GROWTH = 1.5  # of the sizes that are tried
 
 
@@ -74,7 +73,7 @@ class Curve:
 
     def smallest(self, target: float) -> int | None:
         """The least of ``sizes`` that reaches ``target``; None where none does."""
-        return next((m for m, v in zip(self.sizes, self.values) if v >= target), None)
+        return next((m for m, v in zip(self.sizes, self.values) if v >= target - 1e-9), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +182,7 @@ def probe(
     head: Head | None = None,
     variance: Params | None = None,
     probes: int = PROBES,
+    scale: float = SCALE,
     generator: torch.Generator | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Probed:
@@ -191,10 +191,11 @@ def probe(
     Cost: probes + 1 forward passes, a diagonal curvature of up to 1,000 examples for Sigma, and the
     curvature of the data where ``carry`` has a structure. Holds N x probes² numbers.
 
-    Raises ValueError for fewer than two probes, score="k_centre" (which has no score of one
-    example) and a divergence of the user's own; else as ``identify``.
+    Raises ValueError for fewer than two probes, a scale that is not positive, score="k_centre"
+    (which has no score of one example) and a divergence of the user's own; else as ``identify``.
     """
     carry = carry or Carry()
+    require_scale(scale)
     if probes < 2:
         raise ValueError(f"the norm of a matrix needs at least 2 probes, got {probes}")
     if score == "k_centre":
@@ -206,10 +207,9 @@ def probe(
     anchor = snapshot(parameters(model))
     with evaluating(model):
         sigma = _diagonal(model, data, likelihood, head, generator, batch_size)
-        steps = sigma.sample(carry.precision, num_samples=probes, generator=generator)
-        near = [
-            {n: a + _STEP * steps[n][s].to(a) for n, a in anchor.items()} for s in range(probes)
-        ]
+        drawn = sigma.sample(carry.precision, num_samples=probes, generator=generator)
+        steps = {n: scale * v.to(anchor[n]) for n, v in drawn.items()}
+        near = [{n: a + steps[n][s] for n, a in anchor.items()} for s in range(probes)]
         scores, labels, whole, items = [], [], [], []
         for batch in batches(data, batch_size):
             batch = batch.to(device_of(model))
@@ -218,13 +218,14 @@ def probe(
             if mask is not None:
                 likelihood.validate(f, batch.labels, mask)
             with torch.no_grad():
-                moved = [_outputs_at(model, weights, batch.inputs) for weights in near]
-                step = (torch.stack(moved) - f).double() / _STEP  # (S, B, C)
                 masked = likelihood.mask(f, mask)
+                there = [_outputs_at(model, weights, batch.inputs) for weights in near]
+                moved = [likelihood.mask(g.to(f.dtype), mask) for g in there]
+                step = torch.stack(there).double() - f  # (S, B, C)
                 if mask is not None:
                     step = step * mask
-                t = _products(step, likelihood.hessian(masked))
-                soft = _soft(carry.divergence, likelihood, masked, step, t)
+                t = _products(_residuals(likelihood, moved, masked, batch.labels), step)
+                soft = _soft(carry.divergence, likelihood, moved, masked, batch.labels, step, t)
             keys = score_batch(
                 score,  # type: ignore[arg-type]
                 model, batch, masked, likelihood, mask=mask, variance=variance,
@@ -250,17 +251,29 @@ def _outputs_at(model: nn.Module, weights: Params, inputs: Any) -> Tensor:
         return forward(model, inputs)
 
 
-def _products(step: Tensor, hessian: Tensor) -> Tensor:
-    """(S, B, C), (B, C, C) -> (B, S, S)."""
-    return torch.einsum("sbc,bcd,tbd->bst", step, hessian.to(step.dtype), step)
+def _products(change: Tensor, step: Tensor) -> Tensor:
+    """(S, B, C), (S, B, C) -> (B, S, S)."""
+    return torch.einsum("sbc,tbc->bst", change, step)
+
+
+def _residuals(likelihood: Likelihood, moved: list[Tensor], f: Tensor, labels: Tensor) -> Tensor:
+    """r(f_s) - r(f*): (S, B, C); free of the labels, since l is linear in them."""
+    here = likelihood.residual(f, labels)
+    return torch.stack([(likelihood.residual(g, labels) - here).double() for g in moved])
 
 
 def _soft(
-    divergence: Divergence, likelihood: Likelihood, f: Tensor, step: Tensor, t: Tensor
+    divergence: Divergence,
+    likelihood: Likelihood,
+    moved: list[Tensor],
+    f: Tensor,
+    labels: Tensor,
+    step: Tensor,
+    t: Tensor,
 ) -> Tensor:
-    """What an item carries by its soft label, (B, S, S): the divergence's Hessian at f*."""
+    """What an item carries by its soft label, (B, S, S): the divergence's slope in f."""
     if isinstance(divergence, Logit):
-        return torch.einsum("sbc,tbc->bst", step, step)
+        return _products(step, step)
     if not isinstance(divergence, KL):
         raise ValueError(
             f"the curvature of a {type(divergence).__name__} is not known; expected KL or Logit"
@@ -268,8 +281,15 @@ def _soft(
     temperature = divergence.temperature
     if temperature == 1:
         return t
-    scale = 1.0 if divergence.rescale else temperature**-2
-    return scale * _products(step, likelihood.hessian(f / temperature))
+    factor = temperature if divergence.rescale else 1 / temperature
+    warm = [g / temperature for g in moved]
+    return factor * _products(_residuals(likelihood, warm, f / temperature, labels), step)
+
+
+def require_scale(scale: float) -> None:
+    """Raise ValueError where a scale is not positive and finite."""
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and positive, got {scale}")
 
 
 def _diagonal(

@@ -10,9 +10,10 @@ before anything is drawn; ImportError where matplotlib is missing (the extra ``p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .plots import (
     _DASHES,
@@ -115,7 +116,7 @@ def predicted_against_lost(
         _legend(ax, handles, list(dict.fromkeys(names)))
     _dress(
         ax,
-        f"Rank correlation {_spearman(predicted, lost):.2f}",
+        f"Rank correlation {spearman(predicted, lost):.2f}",
         predicted_name,
         "accuracy lost (points)",
         f"{len(lost)} cells: a memory, a method and a task each",
@@ -123,7 +124,7 @@ def predicted_against_lost(
     return figure
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Pearson's correlation of the ranks, ties at their mean; NaN where all are alike."""
     ranks = []
     for x in (a, b):

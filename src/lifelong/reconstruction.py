@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import hooks, recall
 from .curvature import Curvature, diagonal_curvature
-from .curve import PROBES, Curve, probe
+from .curve import PROBES, SCALE, Curve, probe, require_scale
 from .data import BATCH_SIZE, Batch, Data, Examples, Head, batches, head_of, require_repeatable
 from .jacobians import gradient as data_gradient
 from .likelihoods import Categorical, Likelihood
@@ -255,7 +255,7 @@ def fidelity(
     head: Head | None = None,
     posterior: Posterior | None = None,
     samples: int = 8,
-    scale: float = 1.0,
+    scale: float = SCALE,
     path: Iterable[Mapping[str, Tensor]] = (),
     num_examples: int | None = None,
     norm: Norm = "posterior",
@@ -270,8 +270,9 @@ def fidelity(
     past: the examples that the prior stands for; a list of data sets is a list of tasks, each with
     the head that it carries. posterior: where the weights are drawn and what measures a gradient;
     by default Laplace's, diagonal, at the anchor, with the regulariser's precision, or 1 where
-    there is none. samples: draws, theta* + scale (draw - theta*). path: weights of an adaptation
-    (``Trail``). norm: "posterior", vᵀ Sigma v, or "euclidean", vᵀ v.
+    there is none. samples: draws, theta* + scale (draw - theta*): further out a diagonal posterior
+    leaves all that was learned. path: weights of an adaptation (``Trail``, ``rehearse``).
+    norm: "posterior", vᵀ Sigma v, or "euclidean", vᵀ v.
 
     num_examples: read so many away from the anchor, drawn without replacement and evenly from each
     class of each task (at least two of each), and say by the bootstrap how sure that is: an
@@ -323,6 +324,7 @@ def fidelity_curve(
     sizes: Sequence[int] | None = None,
     head: Head | None = None,
     probes: int = PROBES,
+    scale: float = SCALE,
     generator: torch.Generator | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Curve:
@@ -350,6 +352,7 @@ def fidelity_curve(
         head=head,
         variance=variance,
         probes=probes,
+        scale=scale,
         generator=generator,
         batch_size=batch_size,
     )
@@ -379,8 +382,7 @@ def _require(
         raise ValueError(
             f"expected at least one resample and a level in (0, 1), got {resamples} and {level}"
         )
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be finite and positive, got {scale}")
+    require_scale(scale)
 
 
 def _tasks(past: Any) -> list[Data]:
@@ -812,8 +814,6 @@ class _Resampling:
 
     def interval(self, values: Tensor) -> Interval:
         """The middle ``level`` of the resamples."""
-        tail = (1.0 - self.level) / 2
-        low, high = torch.quantile(
-            values.nan_to_num(), torch.tensor([tail, 1 - tail], dtype=values.dtype)
-        ).tolist()
-        return low, high
+        ordered = torch.where(values.isnan(), -torch.inf, values).sort().values
+        out = int((1.0 - self.level) / 2 * len(values))  # of the resamples, at each end
+        return float(ordered[out]), float(ordered[-1 - out])
