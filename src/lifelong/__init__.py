@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget import Bytes, Fidelity
     from .curvature import (
         BlockDiagonal,
         Dense,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .prior import Prior
     from .recipe import Recipe
     from .refit import Refit
+    from .reconstruction import FidelityReport, Trail, fidelity, fidelity_curve, rehearse
     from .scores import identify
     from .sensitivity import (
         SensitivityTrace,
@@ -92,12 +94,15 @@ __all__ = [
     "AccuracyMatrix",
     "Bernoulli",
     "BlockDiagonal",
+    "Bytes",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
     "EigenKronecker",
     "Examples",
+    "Fidelity",
+    "FidelityReport",
     "Gaussian",
     "GaussianProcess",
     "Hinge",
@@ -127,6 +132,7 @@ __all__ = [
     "StoreError",
     "Task",
     "TaskStream",
+    "Trail",
     "Vadam",
     "WeightTerm",
     "block_curvature",
@@ -141,6 +147,8 @@ __all__ = [
     "evaluating",
     "ewc",
     "experience_replay",
+    "fidelity",
+    "fidelity_curve",
     "finetune",
     "fromp",
     "function_covariance",
@@ -162,6 +170,7 @@ __all__ = [
     "open_store",
     "permuted",
     "pseudo_data",
+    "rehearse",
     "rotated",
     "sensitivities",
     "separate",
@@ -175,6 +184,7 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
+    "budget": ("Bytes", "Fidelity"),
     "curvature": (
         "BlockDiagonal",
         "Dense",
@@ -233,6 +243,7 @@ _MODULES = {
     "prior": ("Prior",),
     "recipe": ("Recipe",),
     "refit": ("Refit",),  # the function has the name of its module: lifelong.refit.refit
+    "reconstruction": ("FidelityReport", "Trail", "fidelity", "fidelity_curve", "rehearse"),
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",
