@@ -51,12 +51,13 @@ from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 @dataclass(frozen=True, eq=False)
 class Unlearned:
-    """prior: without the examples, seen from the new weights. removal: what was taken out. refit:
-    how the weights followed. forgetting: seconds of taking out; seconds: of everything."""
+    """prior: without the examples, seen from the new weights. removal: what was taken out.
+    refit: how the weights followed, None where only the step was taken. forgetting: seconds of
+    taking out; seconds: of everything."""
 
     prior: Prior
     removal: Removal
-    refit: Refit
+    refit: Refit | None
     forgetting: float
     seconds: float
 
@@ -73,7 +74,8 @@ def unlearn(
     head: Head | None = None,
     on_indefinite: OnIndefinite = "raise",
     retained: Data | None = None,
-    method: Method = "auto",
+    step: bool = False,
+    method: Method | None = "auto",
     max_iterations: int | None = None,
     tolerance: float | None = None,
     lr: float = 1e-3,
@@ -87,12 +89,18 @@ def unlearn(
     minibatch: as ``refit``; Newton where the problem is convex, which ends at the minimum that
     retraining ends at, if the memory holds all examples (or the model is linear and Gaussian);
     for networks a few steps of Adam on the memory are enough, see ``docs/unlearning.md``.
+    step: start with one Newton step on the prior that is left, in the curvature of its weight term
+    and its regulariser, theta - (G + delta I)⁻¹ nabla prior: at a minimum the first-order removal
+    (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass, and what a
+    few small steps do not reach, such as the weights of a class of which nothing is left.
+    method None: no more than that.
     retained: data to refit on in place of what memory and quadratic say of the past: slower,
     exact where convex.
 
     The returned prior is ``rebase``d to the new weights, so that the old ones, which knew the
-    examples, are in it no longer. Raises as ``Prior.forget`` and ``refit``; the model is then as
-    it was. A clipped curvature is told in ``removal.clipped``, without a warning.
+    examples, are in it no longer. Raises as ``Prior.forget`` and ``refit``, and ValueError for a
+    step without curvature or precision; the model is then as it was. A clipped curvature is told
+    in ``removal.clipped``, without a warning.
     """
     start = time.perf_counter()
     found = prior._removal(
@@ -113,19 +121,23 @@ def unlearn(
         kept = tuple(t for t in left.terms if isinstance(t, Regulariser))
         objective = replace(left, terms=kept)
     before = snapshot(parameters(model))
+    done = None
     try:
-        done = refit(
-            model,
-            objective,
-            retained,
-            method=method,
-            max_iterations=max_iterations,
-            tolerance=tolerance,
-            lr=lr,
-            minibatch=minibatch,
-            generator=generator,
-            batch_size=batch_size,
-        )
+        if step:
+            _step(model, left)
+        if method is not None:
+            done = refit(
+                model,
+                objective,
+                retained,
+                method=method,
+                max_iterations=max_iterations,
+                tolerance=tolerance,
+                lr=lr,
+                minibatch=minibatch,
+                generator=generator,
+                batch_size=batch_size,
+            )
         after = rebase(left, model, batch_size=batch_size)
     except BaseException:
         with torch.no_grad():
@@ -133,6 +145,28 @@ def unlearn(
                 p.copy_(before[name])
         raise
     return Unlearned(after, found, done, forgetting, time.perf_counter() - start)
+
+
+def _step(model: nn.Module, prior: Prior) -> None:
+    """theta - (G + delta I)⁻¹ nabla prior(theta)."""
+    regulariser = prior.regulariser
+    delta = 0.0 if regulariser is None else regulariser.precision
+    curvature = recall.total_curvature(prior.terms)
+    if curvature is None or not delta > 0:
+        raise ValueError(
+            "a Newton step needs the curvature of a weight term and the precision of a "
+            "regulariser; use a prior with structure= and precision=, or step=False"
+        )
+    params = parameters(model)
+    with evaluating(model), torch.enable_grad():
+        value = prior(model)
+        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+    slope = dict(zip(params, grads, strict=True))
+    d = curvature.inverse_mv(slope, delta)
+    with torch.no_grad():
+        for name, p in params.items():
+            require_finite(d[name], f"the step of {name}")
+            p -= d[name].to(p.dtype)
 
 
 def rebase(prior: Prior, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Prior:
