@@ -19,11 +19,15 @@ from lifelong import (
     Examples,
     Learner,
     Prior,
+    Recipe,
+    Regulariser,
     TaskStream,
     split_by_class,
 )
 from lifelong.learner import CHECKPOINT, Progress, adam
 from lifelong.streams import Task
+from lifelong.testing import laws
+from lifelong.testing.cases import Case
 
 
 def clouds(n: int = 12, classes: int = 6) -> Examples:
@@ -163,19 +167,152 @@ def test_separate_starts_each_task_afresh():
     assert same(weights(one.model), weights(other.model))
 
 
-def test_forget_then_fit():
-    prior = lifelong.kprior(Categorical(), memory=None, precision=0.1)
-    learner = Learner(mlp(), prior, optimizer=adam(1e-2), epochs=2)
+# -------------------------------------------------------------------- adaptations
+
+
+def adaptable(gradient: str = "stored", memory: int | None = None) -> Learner:
+    """A linear model in float64 that learned two tasks to the minimum."""
+    recipe = Recipe(structure="dense", gradient=gradient, memory=memory)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = nn.Linear(2, 6).double()
+    learner = Learner(model, Prior(Categorical(), recipe, (Regulariser(0.1),)))
+    for task in doubled():
+        done = learner.add(task)
+        assert done.method == "newton"
+        assert done.converged
+    return learner
+
+
+def doubled() -> list[Task]:
+    tasks = [stream()[0], stream()[1]]
+    for t in tasks:
+        object.__setattr__(t.train, "inputs", t.train.inputs.double())  # type: ignore[union-attr]
+    return tasks
+
+
+def batch(model: nn.Module, precision: float, *data: Examples) -> Tensor:
+    """The weights of training on all of it, from elsewhere."""
+    best = laws.retrained(
+        Case("", lambda seed: model, Categorical(), ()), model, Regulariser(precision), *data
+    )
+    return laws.weights(best)
+
+
+@pytest.mark.parametrize("gradient", ["stored", "stationary"])
+def test_the_four_adaptations_of_a_learner(gradient):
+    learner = adaptable(gradient)
+    first, second = (task.train for task in doubled())
+    assert (
+        laws.distance(laws.weights(learner.model), batch(learner.model, 0.1, first, second)) < 1e-8
+    )
+    done = learner.remove(task=0, ids=first.ids[:3])
+    truth = batch(learner.model, 0.1, first[3:], second)
+    assert done.gradients > 0
+    assert laws.distance(laws.weights(learner.model), truth) < 1e-8
+    learner.regularise(2.0)
+    truth = batch(learner.model, 2.0, first[3:], second)
+    assert laws.distance(laws.weights(learner.model), truth) < 1e-8
+    old = learner.model
+    before = laws.weights(old)
+    smaller = nn.Linear(2, 3).double()
+    initial = {n: v.clone() for n, v in smaller.state_dict().items()}
+    learner.transfer(smaller, classes=(0, 3, 2))
+    assert learner.model is smaller
+    assert torch.equal(laws.weights(old), before)
+    assert same(learner._initial, initial)
+    relabelled = [
+        replace(d[i], labels=torch.tensor([0, -1, 2, 1])[d.labels[i]], head=h)
+        for d, i, h in (
+            (first[3:], (first.labels[3:] != 1).nonzero().squeeze(1), (0,)),
+            (second, slice(None), (1, 2)),
+        )
+    ]
+    truth = batch(smaller, 2.0, *relabelled)
+    assert laws.distance(laws.weights(smaller), truth) < 1e-8
+    seconds = learner.seconds
+    assert learner.remove(relabelled[1][:4], task=1).seconds < learner.seconds - seconds
+    truth = batch(smaller, 2.0, relabelled[0], relabelled[1][4:])
+    assert laws.distance(laws.weights(smaller), truth) < 1e-8
+
+
+def test_run_and_adapt_and_run_on(tmp_path):
+    """The accuracies so far stay, and a saved learner goes on after an adaptation."""
+    tasks = list(stream())
+    learner = Learner(mlp(), lifelong.kprior(Categorical(), memory=6), optimizer=adam(1e-2))
+    learner.run(tasks[:2])
+    rows_ = [list(row) for row in learner.accuracy]
+    learner.remove(ids=learner.prior.memory.origin[:2], task=0, max_iterations=5)
+    learner.regularise(0.5, max_iterations=5)
+    assert learner.accuracy == rows_
+    learner.save(tmp_path / "x")
+    other = Learner(mlp(), learner.prior, optimizer=adam(1e-2)).load(tmp_path / "x")
+    matrices = [each.run(tasks) for each in (learner, other)]
+    assert torch.equal(matrices[0].values.nan_to_num(), matrices[1].values.nan_to_num())
+    assert matrices[0].values[1, 0] == rows_[1][0]
+
+
+def test_methods_without_a_minimum_in_closed_form():
+    learner = Learner(mlp(), lifelong.lwf(Categorical()))
     first, second, _ = stream()
-    learner.learn(first)
-    learner.learn(second)
-    gone = first.train[:5]
-    assert len(learner.prior.memory or ()) == 48
-    learner.forget(gone, task=0)
-    assert len(learner.prior.memory or ()) == 43
-    assert learner.prior.num_data == 43
-    learner.fit(second)
-    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    for task in (first, second):
+        learner.add(task, method="adam", lr=0.01, max_iterations=40)
+    assert learner.prior.num_tasks == 2
+    learner = Learner(mlp(), lifelong.joint(Categorical(), precision=0.1))
+    for task in (first, second):
+        learner.add(task, max_iterations=60)
+    learner.remove(task=0, max_iterations=60)
+    assert learner.prior.num_data == len(second)
+
+
+def test_a_few_examples_are_all_kept():
+    learner = adaptable(memory=10)
+    first = doubled()[0].train
+    before = len(learner.prior.memory)
+    learner.add(first[:3])
+    assert len(learner.prior.memory) == before + 3
+    assert learner.prior.recipe.memory == 10
+
+
+def test_an_adaptation_that_raises_never_happened():
+    learner = adaptable(memory=3)
+    first = doubled()[0].train
+    outside = replace(first, labels=first.labels + 9)
+    wrong = replace(first, inputs=first.inputs * math.nan)
+    wider, narrow, deeper = nn.Linear(2, 8).double(), nn.Linear(2, 2).double(), mlp().double()
+    models = {m: laws.weights(m) for m in (learner.model, wider, narrow, deeper)}
+    model, prior, seconds = learner.model, learner.prior, learner.seconds
+    random, everywhere = learner.generator.get_state(), torch.get_rng_state()
+    for call, error, match in (
+        (lambda: learner.add(outside), ValueError, "labels"),
+        (lambda: learner.add(wrong), lifelong.NonFiniteError, "NaN"),
+        (lambda: learner.remove(ids=torch.tensor([999])), ValueError, "in memory"),
+        (lambda: learner.regularise(-1.0), ValueError, "precision"),
+        (lambda: learner.regularise(1.0, method="sgd"), ValueError, "method"),
+        (lambda: learner.transfer(deeper), lifelong.StaleAnchorError, "map them by"),
+        (lambda: learner.transfer(wider, method="sgd"), ValueError, "method"),
+        (lambda: learner.transfer(narrow, classes=(0, 9)), ValueError, "classes"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+        assert learner.model is model
+        assert learner.prior is prior
+        assert learner.seconds == seconds
+        assert all(torch.equal(laws.weights(m), w) for m, w in models.items())
+    assert torch.equal(learner.generator.get_state(), random)
+    assert torch.equal(torch.get_rng_state(), everywhere)
+
+
+def test_learners_that_cannot_be_adapted():
+    first = stream()[0]
+    with pytest.raises(ValueError, match="a learner of separate models"):
+        learner("separate").regularise(1.0)
+    with pytest.raises(ValueError, match="learns from the path of training; expected learn"):
+        learner("si").add(first)
+    halfway = learner("ewc")
+    epochs = halfway._epochs(first)
+    next(epochs)
+    with pytest.raises(ValueError, match="a task is half learned"):
+        halfway.regularise(1.0)
 
 
 def test_the_verbs_one_by_one_are_learn():

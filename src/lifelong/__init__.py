@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StaleAnchorError,
     )
     from .function_space import function_covariance, function_kernel
+    from .kernel_methods import Hinge, KernelMachine, KernelPrior
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
@@ -95,7 +96,10 @@ __all__ = [
     "Examples",
     "Gaussian",
     "GaussianProcess",
+    "Hinge",
     "Isotropic",
+    "KernelMachine",
+    "KernelPrior",
     "KernelTerm",
     "Kronecker",
     "Learner",
@@ -190,6 +194,7 @@ _MODULES = {
         "StaleAnchorError",
     ),
     "function_space": ("function_covariance", "function_kernel"),
+    "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
     "memory": ("Memory", "memorise"),

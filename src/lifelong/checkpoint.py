@@ -34,11 +34,25 @@ def save(path: str | Path, state: Any, *, kind: str) -> Path:
     the folder cannot be written; the old file, if any, is left as it was.
     """
     path = Path(path)
+    write(path, dumps(state, kind=kind))
+    return path
+
+
+def dumps(state: Any, *, kind: str) -> bytes:
+    """The bytes that ``save`` writes. Raises TypeError as ``save``."""
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, tensors)
     header = {"lifelong": json.dumps({"version": VERSION, "kind": kind, "state": tree})}
-    write(path, serialise(tensors, metadata=header))
-    return path
+    return serialise(tensors, metadata=header)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """The kind of a file that ``save`` wrote; None where it is no such file, or damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {})["lifelong"])["kind"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load(path: str | Path, *, kind: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``lifelong demo`` and ``lifelong run``.
+"""The command line: ``lifelong demo``, ``run``, ``adapt`` and ``memory``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Only this module reads the environment
 (LIFELONG_DATA) and sets torch's threads; torch is imported once there is something to compute.
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
-
+from .commands.flags import parse
+from .commands.memory import memory
 from .config import (
     DemoFlags,
     Experiment,
@@ -29,8 +29,6 @@ from .config import (
     flags_of,
 )
 
-Flags = TypeVar("Flags")
-
 HELP = """\
 usage: lifelong COMMAND [OPTIONS]
 
@@ -39,6 +37,8 @@ Learn tasks one after another without forgetting.
 commands:
   demo    learn handwritten digits, two at a time, with six methods; one table, one page
   run     train one method on one benchmark, and keep settings, results and checkpoints
+  adapt   change a saved run: add or remove examples, regularise, another network
+  memory  look into a memory on disk; drop, restore and forget examples
 
 options:
   -h, --help    show this help; after a command, the help of that command
@@ -47,6 +47,7 @@ options:
 examples:
   lifelong demo
   lifelong run --benchmark split-mnist --data DIR --prior fromp --memory 40 --seeds 3
+  lifelong adapt remove runs/x --label 3 --out runs/y
 """
 
 RUN = """\
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lifelong {version('lifelong')}\n")
         return 0
-    commands = {"demo": _demo, "run": _run}
+    commands = {"demo": _demo, "run": _run, "adapt": _adapt, "memory": memory}
     name, *rest = args
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)
@@ -125,28 +126,17 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
-def _parse(kind: type[Flags], prog: str, about: str, examples: str, args: list[str]) -> Flags:
-    wants_help = not {"-h", "--help"}.isdisjoint(args)
-    if wants_help:
-        sys.stdout.write(about + "\n\n")  # tyro would not break its lines
-    try:
-        return tyro.cli(kind, prog=prog, description="", args=args)
-    finally:
-        if wants_help:
-            sys.stdout.write(examples)
-
-
 # run ----------------------------------------------------------------------------------------------
 
 
 def _run(args: list[str]) -> int:
-    flags = _parse(RunFlags, "lifelong run", RUN, RUN_EXAMPLES, args)
+    flags = parse(RunFlags, "lifelong run", RUN, RUN_EXAMPLES, args)
     if flags.output.resume is not None:
         return _resume(flags)
     if flags.output.config is not None:
         from_file = flags_of(flags.output.config)
         try:
-            flags = _parse(RunFlags, "lifelong run", RUN, "", [*from_file, *args])
+            flags = parse(RunFlags, "lifelong run", RUN, "", [*from_file, *args])
         except SystemExit:
             sys.stderr.write(f"lifelong run: the wrong setting is in {flags.output.config}\n")
             raise
@@ -224,7 +214,7 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
 
 
 def _demo(args: list[str]) -> int:
-    flags = _parse(DemoFlags, "lifelong demo", DEMO, DEMO_EXAMPLES, args)
+    flags = parse(DemoFlags, "lifelong demo", DEMO, DEMO_EXAMPLES, args)
     import torch
 
     from . import demo
@@ -238,3 +228,12 @@ def _demo(args: list[str]) -> int:
     demo.write(replace(found, command=shlex.join(["lifelong", "demo", *args])), page)
     demo_tables(found, page)
     return 0
+
+
+# adapt --------------------------------------------------------------------------------------------
+
+
+def _adapt(args: list[str]) -> int:
+    from .commands import adapt
+
+    return adapt.main(args, _parse)

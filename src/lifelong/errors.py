@@ -26,3 +26,31 @@ class CheckpointError(ValueError):
 
 class ClippedWarning(UserWarning):
     """A curvature was clipped to its positive part, so that less was taken out than was asked."""
+
+
+class StoreError(ValueError):
+    """Something about a memory on disk; the subclasses say what."""
+
+
+class StoreBusyError(StoreError):
+    """Another process holds the store; nothing was changed, or what remains to do is said."""
+
+
+class StoreDamagedError(StoreError):
+    """Bytes on disk are not those that were written, or not a store's."""
+
+
+class StoreFullError(StoreError):
+    """There was no room to write; nothing was changed."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store was opened for reading, or its folder cannot be written."""
+
+
+class StoreVersionError(StoreError):
+    """A newer lifelong wrote the store, or a version that was asked for is not kept."""
+
+
+class ForgottenError(StoreError):
+    """Items that were forgotten were about to be written again."""

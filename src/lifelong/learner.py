@@ -3,6 +3,8 @@
     learner = Learner(model, lifelong.fromp(Categorical(), memory=40), epochs=15)
     matrix = learner.run(stream).accuracy
 
+What was learned is changed by ``add``, ``remove``, ``regularise`` and ``transfer``.
+
 It does nothing that a plain loop could not do: ``docs`` and the README show that loop.
 """
 
@@ -10,25 +12,29 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .data import Examples, head_mask
+from .curvature.follow import followed
+from .data import Examples, Head, head_mask
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, evaluate
-from .models import evaluating, forward, move, parameters, require_finite, rows
+from .models import evaluating, forward, move, parameters, require_finite, rows, snapshot
 from .path import PathIntegral
 from .prior import Prior
+from .refit import Refit, refit
+from .removal import OnIndefinite
 from .streams import Task
-from .terms import MemoryTerm
+from .terms import MemoryTerm, Regulariser
+from .transfer import Classes, NewClasses, plan
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer, int], Any]
@@ -125,11 +131,6 @@ class Learner:
         )
         return self.prior
 
-    def forget(self, data: Examples | None = None, **which: Any) -> Prior:
-        """``Prior.forget`` at the present model; fit again afterwards."""
-        self.prior = self.prior.forget(self.model, data, **which)
-        return self.prior
-
     def learn(self, task: Task, *, on_epoch: Callable[[Progress], None] | None = None) -> None:
         """fit, then memorise and recall."""
         self.fit(task, on_epoch=on_epoch)
@@ -137,6 +138,146 @@ class Learner:
         if self.prior.recipe.reference == "separate":
             self._finished.append(copy.deepcopy(self.model.state_dict()))
         self.recall(task, self.memorise(task))
+        self.seconds += time.perf_counter() - start
+
+    # ---------------------------------------------------------------- adaptations
+    #
+    # A change of the prior, a refit from the present weights, and the prior seen from there. What
+    # raises leaves the learner, its model and its prior as they were.
+
+    def add(self, data: Task | Examples, **options: Any) -> Refit:
+        """Learn more examples, from where the model is to the minimum of their nll and the prior,
+        in eval mode and by second-order steps where they apply: ``learn`` trains by the learner's
+        own optimiser and epochs instead.
+
+        Of fewer examples than the prior keeps of a task, it keeps all.
+        options: of ``refit`` (method, tolerance, max_iterations, lr, ...), here and below.
+        Returns what it cost. Raises as ``refit`` and ``Prior.update``; ValueError within a task,
+        for a learner of separate models, and for a prior that learns from the path of training.
+        """
+        examples = data.train if isinstance(data, Task) else data
+        if self.prior.recipe.structure == "path":
+            raise ValueError(
+                f"the {self.prior.recipe.name} prior learns from the path of training; expected "
+                "learn(task), which watches it"
+            )
+        with self._adapting() as finish:
+            prior = self.prior.prepare(self.model, examples)
+            done = refit(self.model, prior, examples, **options)
+            whole, kept = prior.recipe, prior.recipe.memory
+            if isinstance(kept, int) and kept > len(examples):  # a few examples: all are kept
+                prior = replace(prior, recipe=replace(whole, memory=len(examples)))
+            prior = prior.update(self.model, examples, generator=self.generator)
+            finish(replace(prior, recipe=whole), self.model)
+        return done
+
+    def remove(
+        self,
+        data: Task | Examples | None = None,
+        *,
+        task: int | None = None,
+        ids: Tensor | None = None,
+        where: Callable[[Memory], Tensor] | None = None,
+        groups: Tensor | Sequence[int] | None = None,
+        head: Head | None = None,
+        on_indefinite: OnIndefinite = "raise",
+        **options: Any,
+    ) -> Refit:
+        """Unlearn examples: ``Prior.forget`` (which says what the arguments are), and a refit
+        to what the others say. The soft labels of those are then asked for again, so that they
+        are of a model that did not see the examples. Raises as ``Prior.forget`` and ``add``."""
+        examples = data.train if isinstance(data, Task) else data
+        with self._adapting() as finish:
+            prior = self.prior.forget(
+                self.model,
+                examples,
+                task=task,
+                ids=ids,
+                where=where,
+                groups=groups,
+                head=head,
+                on_indefinite=on_indefinite,
+            )
+            done = refit(self.model, prior, **options)
+            finish(prior.rebase(self.model), self.model)
+        return done
+
+    def regularise(self, regulariser: Regulariser | float, **options: Any) -> Refit:
+        """Change R, given as such or by its precision round 0, and refit. Raises as ``add``."""
+        if not isinstance(regulariser, Regulariser):
+            regulariser = Regulariser(regulariser)
+        with self._adapting() as finish:
+            prior = self.prior.replace(regulariser=regulariser)
+            done = refit(self.model, prior, **options)
+            finish(prior.rebase(self.model), self.model)
+        return done
+
+    def transfer(
+        self,
+        model: nn.Module,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        classes: Classes | None = None,
+        head: Sequence[str] | None = None,
+        new_classes: NewClasses = "zero",
+        labels: bool | None = None,
+        structure: Literal["diagonal", "dense"] | None = None,
+        allow_unmatched: bool = False,
+        **options: Any,
+    ) -> Refit:
+        """Go on with another model: ``Prior.transfer`` (which says what the arguments are), and a
+        refit from the weights that both models have and the new model's own others.
+
+        ``model`` is the learner's from then on; the old one is left as it is. Raises as
+        ``Prior.transfer`` and ``add``; the new model's weights are then as they were, too.
+        """
+        how: dict[str, Any] = {"classes": classes, "head": head, "previous": self.model}
+        how |= {"allow_unmatched": allow_unmatched}
+        before = copy.deepcopy(model.state_dict())
+        try:
+            with self._adapting() as finish:
+                places = plan(self.prior.terms, model, names=parameters, **how)
+                prior = self.prior.transfer(
+                    model,
+                    parameters=parameters,
+                    new_classes=new_classes,
+                    labels=labels,
+                    structure=structure,
+                    **how,
+                )
+                old = snapshot(_parameters(self.model))
+                model.load_state_dict(followed(old, places.current, places.places), strict=False)
+                done = refit(model, prior, **options)
+                finish(prior.rebase(model), model)
+        except BaseException:
+            model.load_state_dict(before)
+            raise
+        self._initial = before
+        return done
+
+    @contextmanager
+    def _adapting(self) -> Iterator[Callable[[Prior, nn.Module], None]]:
+        """Gives what ends an adaptation: it takes the prior and the model from then on."""
+        if self._within is not None:
+            raise ValueError(
+                "a task is half learned; let fit(task) or run(stream) end before the learner is "
+                "adapted"
+            )
+        if self.prior.recipe.reference == "separate":
+            raise ValueError(
+                "a learner of separate models has one for each task; expected one model and its "
+                "prior, such as kprior, to adapt"
+            )
+        undo, start = self._undo(), time.perf_counter()
+
+        def finish(prior: Prior, model: nn.Module) -> None:
+            self.prior, self.model = prior, model
+
+        try:
+            yield finish
+        except BaseException:
+            undo()
+            raise
         self.seconds += time.perf_counter() - start
 
     def run(
@@ -389,5 +530,7 @@ class Learner:
             model.load_state_dict(self._finished[index])
         return evaluate(model, test, self.prior.likelihood).accuracy
 
+
+_parameters = parameters  # of a model: ``transfer`` has an argument of this name
 
 CHECKPOINT = "learner.safetensors"

@@ -61,6 +61,7 @@ Method = Literal["auto", "newton", "lbfgs", "adam"]
 _DENSE = 1024  # weights, up to which Newton's matrix is formed
 _FULL_BATCH = 20_000  # examples, up to which "auto" takes L-BFGS for a network
 _HISTORY = 20  # pairs of L-BFGS
+_IDLE = 10  # steps, or trials of a line search, without progress
 _INNER = 250  # Hessian products in one Newton step
 _STEPS = {"newton": 50, "lbfgs": 500}
 _EPOCHS = 20  # of Adam
@@ -494,14 +495,18 @@ def _descend(objective: _Objective, direction: Direction, steps: int, tolerance:
             f"the objective is {point.value} where the refit begins, or its gradient is not "
             "finite; look at the inputs and at the model's weights. Nothing was changed"
         )
-    scale = point.scale
+    scale, lowest, idle = point.scale, math.inf, 0
     for iteration in range(steps):
         scale = max(scale, point.scale)
         point = replace(point, scale=scale)
         if point.relative <= tolerance:
             return _Descent(point, iteration, True)
+        # Values that fall by rounding alone, and a gradient that falls no more: the end, too.
+        fell = last is None or last.value - point.value > _rounding(objective, point)
+        idle = 0 if fell or point.norm < 0.99 * lowest else idle + 1
+        lowest = min(lowest, point.norm)
         d = direction(point, last)
-        found = _line_search(objective, point, d)
+        found = _line_search(objective, point, d) if idle < _IDLE else None
         if found is None:
             objective.move_to(point.weights)
             # No number between here and there: as near as this dtype comes to the minimum.
@@ -521,8 +526,7 @@ def _line_search(objective: _Objective, point: _Point, d: Tensor) -> _Point | No
     if not slope < 0:
         return None
     few, much = 1e-4, 0.9
-    eps = torch.finfo(objective.dtype).eps
-    rounding = 10 * eps * max(1.0, abs(point.value)) * max(1, objective.size) ** 0.5
+    rounding, unclear = _rounding(objective, point), 0
     low, high, t = 0.0, math.inf, 1.0
     best: _Point | None = None
     for _ in range(40):
@@ -538,11 +542,18 @@ def _line_search(objective: _Objective, point: _Point, d: Tensor) -> _Point | No
         else:
             return trial
         t = 2 * low if math.isinf(high) else (low + high) / 2
-        if high - low < 1e-12:
+        unclear += finite and abs(trial.value - point.value) <= rounding
+        if unclear > _IDLE or high - low < 1e-12:
             break
     if best is not None:  # fell, though less than it could
         objective.move_to(best.weights)
     return best
+
+
+def _rounding(objective: _Objective, point: _Point) -> float:
+    """A difference of values that says nothing, nats."""
+    eps = torch.finfo(objective.dtype).eps
+    return 10 * eps * max(1.0, abs(point.value)) * max(1, objective.size) ** 0.5
 
 
 def _newton_direction(objective: _Objective) -> Direction:

@@ -177,8 +177,9 @@ def create(plan: Plan, folder: Path) -> None:
     )
 
 
-def load_config(folder: Path) -> RunConfig:
-    """The settings of the run in ``folder``. Raises UsageError where there is none."""
+def load_config(folder: Path, *, adapted: bool = False) -> RunConfig:
+    """The settings of the run in ``folder``. Raises UsageError where there is none, and unless
+    ``adapted``, where it was adapted: its learner is no longer one of these settings alone."""
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(
@@ -188,6 +189,11 @@ def load_config(folder: Path) -> RunConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
             raise UsageError(f"{path} was written by a newer lifelong; upgrade to read it")
+        if "adaptations" in content and not adapted:
+            raise UsageError(
+                f"the run in {folder} was adapted, and cannot be resumed; go on with it by "
+                "lifelong adapt"
+            )
         return RunConfig.from_dict(content["flags"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); start the run anew") from error

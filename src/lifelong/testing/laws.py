@@ -6,6 +6,7 @@ is its curvature. From it follow
     gradient_at_anchor, curvature_at_anchor    any network, any split, converged or not
     add, partial_memory                        prior + new data = batch retraining
     remove, change_regulariser, transfer_*     the other three adaptations
+    adapted                                    several of them in a row
     gaussian_process                           a full memory is a GP on all data
 
 and beside it ``blended``, ``identical``, ``unbiased``, ``fused``, ``round_trip``,
@@ -19,11 +20,12 @@ from __future__ import annotations
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from ..models import forward, parameters, snapshot
 from ..path import PathIntegral
 from ..prior import Prior
 from ..recipe import Gradient, Recipe, Structure
+from ..refit import refit
 from ..terms import FunctionSpaceTerm, KernelTerm, MemoryTerm, Regulariser
 from .cases import Case, First, Split, build
 from .reference import flatten, ggn, jacobian, minimise
@@ -336,6 +339,128 @@ def _transferred(
     outputs, has_bias = len(model.weight), model.bias is not None  # type: ignore[arg-type]
     smaller = build(lambda: First(keep, outputs, bias=has_bias))(seed + 1)
     return smaller, after.transfer(smaller), model
+
+
+# -------------------------------------------------------------------- 3 to 5 in a row
+
+
+Kind = Literal["add", "remove", "relabel", "regularise", "transfer"]
+
+
+def adapted(
+    prior: Prior, case: Case, kinds: Sequence[Kind], *, rebase: bool = True, seed: int = 0
+) -> float:
+    """Laws 2 to 5 by ``refit``, one after the other: a linear model that learned the first task,
+    then the changes in the order of ``kinds``, each from where the last one ended, against batch
+    training of the last model on the data that are left, under the last regulariser.
+
+    add: the next task; remove: four examples of the first; relabel: three of them get another
+    label; regularise: another precision and mean; transfer: one feature fewer.
+    """
+    features, outputs = _width(case), len(case.make_model(0).weight)  # type: ignore[arg-type]
+    model = build(lambda: First(features, outputs))(seed)
+    left = [case.data[0]]
+    refit(model, prior, left[0])
+    prior = prior.update(model, left[0])
+    tasks, removed, regularised = 1, 0, 0
+    regulariser = _regulariser(prior)
+    for kind in kinds:
+        new: Examples | None = None
+        if kind == "add":
+            new = case.data[tasks]
+            tasks += 1
+        elif kind in ("remove", "relabel"):
+            removed += 1
+            left[0], gone = _parted(left[0], 4 if kind == "remove" else 3, seed + removed)
+            prior = prior.forget(model, gone, task=0)
+            if kind == "relabel":
+                new = replace(gone, labels=_other_labels(case.likelihood, gone.labels, outputs))
+        elif kind == "regularise":
+            regularised += 1
+            names = snapshot(parameters(model))
+            mean = {n: torch.full_like(p, 0.1 * regularised) for n, p in names.items()}
+            regulariser = Regulariser(0.8 + regularised, mean)
+            prior = prior.replace(regulariser=regulariser)
+        else:
+            features -= 1
+            smaller = build(lambda n=features: First(n, outputs))(seed + features)
+            prior = prior.transfer(smaller)
+            model, regulariser = smaller, _regulariser(prior)
+        refit(model, prior, new)
+        if new is not None:
+            left.append(new)
+            prior = prior.update(model, new)
+        elif rebase:
+            prior = prior.rebase(model)
+    batch = retrained(case, model, regulariser, *left)
+    return distance(weights(model), weights(batch))
+
+
+def add_after_remove(prior: Prior, case: Case, *, count: int = 4, seed: int = 0) -> float:
+    """Laws 2 and 3: examples that leave and come again leave no trace."""
+    model = case.make_model(seed)
+    refit(model, prior, case.data[0])
+    before = weights(model)
+    after = prior.update(model, case.data[0])
+    _, gone = _parted(case.data[0], count, seed)
+    after = after.forget(model, gone)
+    refit(model, after)
+    if not distance(weights(model), before) > 1e-4:
+        return float("inf")  # nothing left, so nothing is shown
+    after = after.rebase(model)
+    refit(model, after, gone)
+    return distance(weights(model), before)
+
+
+def transfer_by_labels(
+    case: Case, other: nn.Module, *, prior: Prior | None = None, seed: int = 0, **how: Any
+) -> float:
+    """Law 5 for any change of a linear model that is remembered whole: where g cannot follow,
+    true labels carry it, and the transferred prior is the objective on all the past."""
+    prior = prior or law_prior(case.likelihood)
+    _, after = learn(prior, case, tasks=1, seed=seed)
+    after = after.transfer(other, allow_unmatched=True, **how)
+    batch = retrained(case, other, _regulariser(prior), case.data[0])
+    refit(other, after)
+    return distance(weights(other), weights(batch))
+
+
+def drop_classes(
+    prior: Prior, case: Case, kept: tuple[int, ...], *, task: int = 0, seed: int = 0
+) -> float:
+    """Law 5 for outputs that are dropped: as if their examples had never been, and the others had
+    had the outputs ``kept`` alone, in that order, to choose from."""
+    model, after = learn(prior, case, tasks=1, seed=seed)
+    features, data = _width(case), case.data[task]
+    smaller = build(lambda: nn.Linear(features, len(kept)))(seed + 1)
+    after = after.transfer(smaller, classes=kept, previous=model)
+    refit(smaller, after)
+    labels = data.labels
+    if labels.ndim == 1 and not labels.is_floating_point():
+        index = torch.isin(labels, torch.tensor(kept)).nonzero().squeeze(1)
+        data = data[index]
+        labels = torch.tensor([kept.index(int(c)) for c in data.labels])
+    else:
+        labels = labels[:, list(kept)]
+    head = None if data.head is None else tuple(kept.index(c) for c in data.head if c in kept)
+    batch = retrained(case, smaller, _regulariser(prior), replace(data, labels=labels, head=head))
+    return distance(weights(smaller), weights(batch))
+
+
+def _width(case: Case) -> int:
+    return case.data[0].inputs.shape[1]  # type: ignore[union-attr]
+
+
+def _parted(data: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """(the others, ``count`` examples at random)."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + 17))
+    return data[order[count:]], data[order[:count]]
+
+
+def _other_labels(likelihood: Likelihood, labels: Tensor, outputs: int) -> Tensor:
+    if not labels.is_floating_point():
+        return (labels + 1) % outputs
+    return 1 - labels if type(likelihood).__name__ == "Bernoulli" else labels + 1
 
 
 # -------------------------------------------------------------------- 6 blended labels

@@ -1,0 +1,514 @@
+"""Adapted runs: a saved run, changed in one of four ways, in a folder of its own.
+
+    adapt(Path("runs/x"), Path("runs/y"), Remove(label=3))
+
+runs/y/config.json, config.toml   those of runs/x, and in the first what was changed since
+runs/y/adaptation.json            accuracy before and after, gradients and seconds, of each seed
+runs/y/seed-0/learner.safetensors the learner; the next adaptation starts from it
+
+The old run is only read. The new folder is put together beside its place and moved there whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .benchmarks import learner_options, mlp
+from .checkpoint import write
+from .config import UsageError
+from .data import Examples, Head
+from .errors import ClippedWarning
+from .learner import CHECKPOINT, Learner
+from .likelihoods import Categorical
+from .memory import remember
+from .metrics import evaluate
+from .models import device_of, rows
+from .prior import Prior
+from .readers import load
+from .recipe import Recipe
+from .refit import Refit, refit
+from .runs import CONFIG, LOG, TOML, VERSIONS, Plan, load_config, log, prepare, versions
+from .terms import MemoryTerm
+
+ADAPTATION = "adaptation.json"
+
+
+# -------------------------------------------------------------------- changes
+
+
+@dataclass(frozen=True)
+class Add:
+    """Learn the next task of the benchmark (by its number, from 1), or the examples of a file
+    (Parquet, .npz), under ``head``."""
+
+    task: int | None = None
+    file: Path | None = None
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Unlearn examples: those with these ids, of this task (from 1), of this class; all of what is
+    given must hold."""
+
+    ids: tuple[int, ...] | None = None
+    task: int | None = None
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Regularise:
+    """R = ½ precision ‖theta‖² instead."""
+
+    precision: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Hidden layers of these widths; ``outputs`` classes, the new ones last; of the classes, only
+    ``keep``, in that order."""
+
+    hidden: tuple[int, ...] | None = None
+    outputs: int | None = None
+    keep: tuple[int, ...] | None = None
+
+
+Change = Add | Remove | Regularise | Transfer
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What a run has learned by now. train: of each task, what is left of it; tests: its test
+    examples; hidden: widths of the network where they are not the benchmark's."""
+
+    train: tuple[Examples, ...]
+    tests: tuple[Examples | None, ...]
+    outputs: int
+    hidden: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The learner after the change, what was taken out of which task, and the cost."""
+
+    learner: Learner
+    removed: Mapping[int, Examples]
+    cost: Refit
+    notes: tuple[str, ...] = ()
+
+
+# -------------------------------------------------------------------- one adaptation
+
+
+def adapt(
+    run: Path,
+    out: Path,
+    change: Change,
+    *,
+    seed: int | None = None,
+    data: Path | None = None,
+    compare: bool = False,
+    watch: Callable[[str], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Change a saved run and write the result to ``out``; what ``adaptation.json`` holds.
+
+    seed: this one alone; by default all that the run has. data: where the data lie, if not where
+    they lay. compare: also train a fresh network on what is left. options: of ``refit``.
+
+    Raises UsageError for a folder without a run or one that is not free, and for a change that
+    does not fit; CheckpointError; as the verb of ``Learner``. Then nothing was written.
+    """
+    config = load_config(run, adapted=True)
+    require_unused(out)
+    if data is not None:
+        config = replace(config, experiment=replace(config.experiment, data=data.absolute()))
+    seeds = _seeds(run, config.seed_list, seed)
+    plan, before = prepare(config), _history(run)
+    results: list[dict[str, Any]] = []
+    learned, step = 0, {}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for number in seeds:
+            learner, past = _restored(plan, run, number, before)
+            if step and len(past.train) != learned:
+                raise UsageError(
+                    f"seed {number} has learned {len(past.train)} tasks and another {learned}; let "
+                    f"the run end (lifelong run --resume {run}), or choose one by --seed"
+                )
+            learned = len(past.train)
+            removed = _chosen(change, past) if isinstance(change, Remove) else {}
+            step = _step(change, removed)
+            tests = _accuracies(learner.model, past, removed)
+            found = _change(learner, past, change, removed, plan, options)
+            after = _after(past, step, plan)
+            result = _result(number, found, tests, _accuracies(learner.model, after, removed))
+            if compare:
+                result["retrained"] = _retrained(learner, after, plan, number, options)
+            results.append(result)
+            if watch is not None:
+                watch(f"seed {number} is adapted")
+            # Whatever an adaptation leaves beside its learner, as a certificate of a removal,
+            # goes into this folder: ``found`` has what it needs.
+            learner.save(partial / f"seed-{number}" / CHECKPOINT)
+        history = before or {"learned": learned, "steps": []}
+        history = {**history, "steps": [*history["steps"], step]}
+        summary = {"from": str(run), "change": step, "seeds": results}
+        _write(partial, run, history, summary)
+        if out.exists():
+            out.rmdir()  # it is empty
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def require_unused(out: Path) -> None:
+    """Raise UsageError where something lies at ``out`` already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists already; choose another folder with --out")
+
+
+def _seeds(run: Path, known: Iterable[int], seed: int | None) -> list[int]:
+    found = [s for s in known if (run / f"seed-{s}" / CHECKPOINT).is_file()]
+    if not found:
+        raise UsageError(f"{run} holds no learner yet; let its run end first")
+    if seed is not None and seed not in found:
+        listed = ", ".join(map(str, found))
+        raise UsageError(f"{run} holds no learner of seed {seed}; it has {listed}")
+    return found if seed is None else [seed]
+
+
+def _history(run: Path) -> dict[str, Any] | None:
+    return json.loads((run / CONFIG).read_text(encoding="utf-8")).get("adaptations")
+
+
+def _restored(
+    plan: Plan, run: Path, seed: int, history: Mapping[str, Any] | None
+) -> tuple[Learner, Past]:
+    learner = plan.make_learner(seed)
+    steps = history["steps"] if history else []
+    past = Past((), (), plan.stream.num_outputs)
+    if history:
+        past = _first(plan, history["learned"])
+        for step in steps:
+            past = _after(past, step, plan)
+        model = _network(plan, past)
+        learner = Learner(model, learner.prior, seed=seed, **learner_options(plan.training))
+    learner.load(run / f"seed-{seed}" / CHECKPOINT)
+    return learner, past if history else _first(plan, len(learner.accuracy))
+
+
+def _first(plan: Plan, learned: int) -> Past:
+    tasks = list(plan.stream)[:learned]
+    return Past(
+        tuple(t.train for t in tasks), tuple(t.test for t in tasks), plan.stream.num_outputs
+    )
+
+
+def _network(plan: Plan, past: Past) -> nn.Module:
+    """The benchmark's network, or one of other widths: its inputs, its activation."""
+    model = plan.benchmark.make_model(past.outputs)
+    if past.hidden is None:
+        return model
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    kinds = [type(m) for m in model.children() if not isinstance(m, (nn.Linear, nn.Flatten))]
+    sizes = (layers[0].in_features, *past.hidden, past.outputs)
+    return mlp(*sizes, activation=kinds[0] if kinds else nn.ReLU)
+
+
+# -------------------------------------------------------------------- the four changes
+
+
+def _change(
+    learner: Learner,
+    past: Past,
+    change: Change,
+    removed: Mapping[int, Examples],
+    plan: Plan,
+    options: Mapping[str, Any],
+) -> Adapted:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if isinstance(change, Add):
+            cost = learner.add(_added(change, past, plan)[0], **options)
+        elif isinstance(change, Remove):
+            # A network's G is of several anchors, so that a part of it seldom fits into the rest.
+            how: dict[str, Any] = {"on_indefinite": "clip"}
+            *some, (last, examples) = removed.items()
+            for task, others in some:  # one refit for all of them
+                learner.prior = learner.prior.forget(learner.model, others, task=task, **how)
+            cost = learner.remove(examples, task=last, **how, **options)
+        elif isinstance(change, Regularise):
+            cost = learner.regularise(change.precision, **options)
+        else:
+            cost = _transferred(learner, past, change, plan, options)
+    notes = tuple(dict.fromkeys(str(w.message) for w in caught if w.category in _NOTES))
+    return Adapted(learner, removed, cost, notes)
+
+
+_NOTES = (UserWarning, ClippedWarning)
+
+
+def _added(change: Add, past: Past, plan: Plan) -> tuple[Examples, Examples | None]:
+    """(examples to learn, their test examples)."""
+    if (change.task is None) == (change.file is None):
+        raise UsageError("say what to add: --from FILE, or --task N of the benchmark")
+    if change.task is not None:
+        tasks = list(plan.stream)
+        if change.task != len(past.train) + 1 or change.task > len(tasks):
+            following = len(past.train) + 1
+            told = f"the next one is {following}" if following <= len(tasks) else "all are learned"
+            raise UsageError(
+                f"--task {change.task} cannot be added: {told} ({len(tasks)} tasks); other "
+                "examples come from --from FILE"
+            )
+        task = tasks[change.task - 1]
+        return task.train, task.test
+    examples = load(change.file)
+    expected = next(iter(past.train)).batch(slice(0, 1)).inputs if past.train else None
+    got = examples.batch(slice(0, 1)).inputs
+    if isinstance(expected, Tensor) and isinstance(got, Tensor) and got.shape != expected.shape:
+        if got.numel() != expected.numel():
+            raise UsageError(
+                f"{change.file} holds inputs of shape {tuple(got.shape[1:])}, the run learned "
+                f"{tuple(expected.shape[1:])}; give examples of the same kind"
+            )
+        shape = (rows(examples.inputs), *expected.shape[1:])
+        examples = replace(examples, inputs=examples.inputs.reshape(shape))  # type: ignore[union-attr]
+    return replace(examples, head=change.head), None
+
+
+def _chosen(change: Remove, past: Past) -> dict[int, Examples]:
+    """Task -> its examples that leave."""
+    if change.ids is None and change.task is None and change.label is None:
+        raise UsageError("say what to remove: --ids 3,5,9 or --ids @FILE, --task N, --label C")
+    if change.task is not None and not 1 <= change.task <= len(past.train):
+        raise UsageError(f"--task {change.task}: the run has learned tasks 1 to {len(past.train)}")
+    found: dict[int, Examples] = {}
+    for index, examples in enumerate(past.train):
+        if change.task not in (None, index + 1):
+            continue
+        which = torch.ones(len(examples), dtype=torch.bool)
+        if change.ids is not None:
+            which &= torch.isin(examples.ids, torch.tensor(change.ids))
+        if change.label is not None:
+            which &= examples.labels == change.label
+        if bool(which.any()):
+            found[index] = examples[which.nonzero().squeeze(1)]
+    of = "" if change.task is None else f" of task {change.task}"
+    if change.ids is not None:
+        known = {int(i) for examples in found.values() for i in examples.ids}
+        missing = [i for i in change.ids if i not in known]
+        if missing:
+            listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise UsageError(
+                f"--ids: {listed} {'are' if len(missing) > 1 else 'is'} not among the examples"
+                f"{of} that the run has learned and still knows"
+            )
+        if sum(len(examples) for examples in found.values()) > len(known):
+            raise UsageError("--ids: several tasks have examples of these ids; say --task N, too")
+    if not found:
+        raise UsageError(
+            f"nothing to remove: no example{of} with label {change.label} is among those that the "
+            "run has learned and still knows"
+            if change.label is not None
+            else f"nothing to remove: no example{of} is left"
+        )
+    return found
+
+
+def _transferred(
+    learner: Learner, past: Past, change: Transfer, plan: Plan, options: Mapping[str, Any]
+) -> Refit:
+    classes = _classes(change, past)
+    if change.hidden is None and classes is None:
+        raise UsageError("say what to change: --hidden 64,64, --classes N or --keep 0,1,4")
+    if change.hidden is not None and learner.prior.memory is None:
+        raise UsageError(
+            f"the {learner.prior.recipe.name} prior of this run remembers no examples, and nothing "
+            "else moves to other hidden layers; run with a memory, such as --prior kprior"
+        )
+    outputs = past.outputs if classes is None else len(classes)
+    goal = Past((), (), outputs, past.hidden if change.hidden is None else change.hidden)
+    how: dict[str, Any] = {"classes": classes}
+    if change.hidden is not None:
+        how |= {"parameters": {}, "allow_unmatched": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(learner.generator.initial_seed()))
+        model = _network(plan, goal)
+        model.to(device_of(learner.model))
+        return learner.transfer(model, **how, **options)
+
+
+def _classes(change: Transfer, past: Past) -> tuple[int | None, ...] | None:
+    """For each new output the old one."""
+    if change.outputs is None and change.keep is None:
+        return None
+    if change.keep is not None:
+        wrong = [c for c in change.keep if not 0 <= c < past.outputs]
+        if wrong or len(set(change.keep)) < len(change.keep):
+            raise UsageError(f"--keep wants different classes of 0 to {past.outputs - 1}")
+    keep = tuple(range(past.outputs)) if change.keep is None else change.keep
+    outputs = len(keep) if change.outputs is None else change.outputs
+    if outputs < len(keep):
+        raise UsageError(
+            f"--classes {outputs}: the network has {len(keep)}; say which are kept: --keep 0,1,4"
+        )
+    return (*keep, *([None] * (outputs - len(keep))))
+
+
+# -------------------------------------------------------------------- what is left
+
+
+def _step(change: Change, removed: Mapping[int, Examples]) -> dict[str, Any]:
+    """The change as plain values, from which ``_after`` tells what is left."""
+    kind = type(change).__name__.lower()
+    if isinstance(change, Remove):
+        return {"kind": kind, "ids": {str(t): e.ids.tolist() for t, e in removed.items()}}
+    values = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in asdict(change).items()}
+    return {"kind": kind, **{k: v for k, v in values.items() if v is not None}}
+
+
+def _after(past: Past, step: Mapping[str, Any], plan: Plan) -> Past:
+    if step["kind"] == "add":
+        file, head = step.get("file"), step.get("head")
+        change = Add(
+            step.get("task"),
+            None if file is None else Path(file),
+            None if head is None else tuple(head),
+        )
+        train, test = _added(change, past, plan)
+        return replace(past, train=(*past.train, train), tests=(*past.tests, test))
+    if step["kind"] == "remove":
+        train = list(past.train)
+        for task, ids in step["ids"].items():
+            examples = train[int(task)]
+            kept = ~torch.isin(examples.ids, torch.tensor(ids))
+            train[int(task)] = examples[kept.nonzero().squeeze(1)]
+        return replace(past, train=tuple(train))
+    if step["kind"] == "transfer":
+        hidden, keep = step.get("hidden"), step.get("keep")
+        change = Transfer(
+            None if hidden is None else tuple(hidden),
+            step.get("outputs"),
+            None if keep is None else tuple(keep),
+        )
+        classes = _classes(change, past)
+        if classes is not None:
+            past = replace(
+                past,
+                train=tuple(_relabelled(e, classes) for e in past.train),
+                tests=tuple(None if e is None else _relabelled(e, classes) for e in past.tests),
+                outputs=len(classes),
+            )
+        return past if change.hidden is None else replace(past, hidden=change.hidden)
+    return past
+
+
+def _relabelled(examples: Examples, classes: Sequence[int | None]) -> Examples:
+    """Those of the kept classes, with their new numbers."""
+    where = {c: i for i, c in enumerate(classes) if c is not None}
+    size = 1 + max(*where, int(examples.labels.max()) if len(examples) else 0)
+    table = torch.tensor([where.get(c, -1) for c in range(size)])
+    new = table[examples.labels]
+    kept = (new >= 0).nonzero().squeeze(1)
+    head = examples.head
+    if head is not None:
+        head = tuple(where[c] for c in head if c in where)
+    return replace(examples, labels=new)[kept] if not head else replace(
+        examples, labels=new, head=head
+    )[kept]  # fmt: skip
+
+
+# -------------------------------------------------------------------- what it came to
+
+
+def _accuracies(
+    model: nn.Module, past: Past, removed: Mapping[int, Examples]
+) -> tuple[float | None, float | None]:
+    """On the tests of the tasks, and on what is or was removed; see ``_mean``."""
+    return _mean(model, past.tests), _mean(model, removed.values())
+
+
+def _mean(model: nn.Module, tests: Iterable[Examples | None]) -> float | None:
+    """Over the tasks, each counting the same, as the accuracy matrix does; None without tests."""
+    held = [test for test in tests if test is not None and len(test)]
+    each = [evaluate(model, test, Categorical()).accuracy for test in held]
+    return sum(each) / len(each) if each else None
+
+
+def _result(
+    seed: int,
+    found: Adapted,
+    before: tuple[float | None, float | None],
+    after: tuple[float | None, float | None],
+) -> dict[str, Any]:
+    cost = asdict(found.cost)
+    count = sum(len(examples) for examples in found.removed.values())
+    return {
+        "seed": seed,
+        "accuracy_before": before[0],
+        "accuracy_after": after[0],
+        **(
+            {"removed": count, "removed_before": before[1], "removed_after": after[1]}
+            if count
+            else {}
+        ),
+        **{n: cost[n] for n in ("method", "iterations", "gradients", "seconds", "converged")},
+        "notes": list(found.notes),
+    }
+
+
+def _retrained(
+    learner: Learner, left: Past, plan: Plan, seed: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A fresh network on all that is left, at once, to the same minimum under the same R."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _network(plan, left).to(device_of(learner.model))
+    items = None
+    for task, examples in enumerate(left.train):
+        if not len(examples):
+            continue
+        batch = examples.batch(slice(None))
+        blank = torch.zeros(len(examples), left.outputs)
+        one = remember(batch, blank, head=examples.head, task=task).weighted(0.0, 1.0)
+        items = one if items is None else items.add(one)
+    regulariser = learner.prior.regulariser
+    terms: list[Any] = [] if regulariser is None else [regulariser]
+    if items is not None:
+        terms.append(MemoryTerm(items))
+    cost = refit(model, Prior(Categorical(), Recipe("joint"), tuple(terms)), **options)
+    return {
+        "accuracy": _mean(model, left.tests),
+        "gradients": cost.gradients,
+        "seconds": cost.seconds,
+        "method": cost.method,
+        "converged": cost.converged,
+    }
+
+
+def _write(
+    partial: Path, run: Path, history: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    if (run / TOML).is_file():
+        shutil.copy(run / TOML, partial / TOML)
+    if (run / LOG).is_file():
+        shutil.copy(run / LOG, partial / LOG)
+    write(partial / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+    write(partial / ADAPTATION, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    content = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+    content["adaptations"] = history
+    write(partial / CONFIG, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    log(partial, f"adapted from {run}: {json.dumps(summary['change'])[:200]}")

@@ -1,0 +1,280 @@
+"""``lifelong adapt`` on saved runs: what it changes, what it leaves alone, what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lifelong import adapted_runs, cli, runs
+from lifelong.adapted_runs import ADAPTATION, Remove, Transfer, adapt
+from lifelong.checkpoint import load
+from lifelong.learner import CHECKPOINT
+from lifelong.prior import Prior
+
+Command = Callable[..., tuple[int, str, str]]
+RUN = ("--benchmark", "two-moons", "--epochs", "3", "--batch-size", "50", "--memory", "12")
+FEW = ("--max-iterations", "3", "--quiet")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a K-prior on the moons: two tasks, two classes."""
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    args = ["run", *RUN, "--prior", "kprior", "--seeds", "2", "--out", str(folder), "--quiet"]
+    before = torch.get_rng_state()
+    assert cli.main(args) == 0
+    torch.set_rng_state(before)
+    return folder
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
+    """(exit code, standard output, standard error) of ``lifelong adapt``, in an empty folder."""
+    monkeypatch.delenv("LIFELONG_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        code = cli.main(["adapt", *map(str, args)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield call  # type: ignore[misc]
+
+
+def prior_of(folder: Path, seed: int = 0) -> Prior:
+    return Prior.from_state_dict(
+        load(folder / f"seed-{seed}" / CHECKPOINT, kind="learner")["prior"]
+    )
+
+
+# Help ---------------------------------------------------------------------------------------------
+
+
+def test_help(command):
+    code, out, err = command("--help")
+    assert (code, err) == (0, "")
+    for part in (
+        "add",
+        "remove",
+        "regularise",
+        "transfer",
+        "lifelong adapt remove runs/x --label 3",
+    ):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert command() == (2, out, "")
+    for kind, flag in (
+        ("add", "--from FILE"),
+        ("remove", "--label INT"),
+        ("regularise", "--precision FLOAT"),
+        ("transfer", "--keep INT"),
+    ):
+        code, out, err = command(kind, "--help")
+        assert (code, err) == (0, "")
+        assert flag in out
+        assert "RUN" in out
+
+
+# The four -----------------------------------------------------------------------------------------
+
+
+def test_remove_by_id_leaves_the_run_as_it_was(run, command):
+    before = files(run)
+    ids = load(run / "seed-0" / CHECKPOINT, kind="learner")["prior"]["terms"]
+    origin = prior_of(run).memory.origin
+    gone = [int(i) for i in origin[prior_of(run).memory.task == 0][:3]]
+    assert ids
+    listed = ",".join(map(str, gone))
+    code, out, err = command("remove", run, "--task", "1", "--ids", listed, "--out", "y", *FEW)
+    assert (code, err) == (0, "")
+    assert "Accuracy before" in out
+    assert "Removed examples" in out
+    assert files(run) == before
+    after = prior_of(Path("y"))
+    assert after.num_data == prior_of(run).num_data - 3
+    assert not bool(
+        torch.isin(after.memory.origin[after.memory.task == 0], torch.tensor(gone)).any()
+    )
+    summary = json.loads(Path("y", ADAPTATION).read_text())
+    assert [s["seed"] for s in summary["seeds"]] == [0, 1]
+    assert summary["change"] == {"kind": "remove", "ids": {"0": sorted(gone)}}
+    assert sorted(p.name for p in Path().iterdir()) == ["y"]
+    # Once more: they are not there any longer, in the adapted run alone.
+    code, _, err = command("remove", "y", "--task", "1", "--ids", listed, "--out", "z", *FEW)
+    assert code == 2
+    assert "not among the examples of task 1 that the run has learned and still knows" in err
+    Path("ids.txt").write_text(listed.replace(",", "\n"))
+    code, _, _ = command("remove", run, "--ids", "@ids.txt", "--task", "1", "--out", "z", *FEW)
+    assert code == 0
+    same = (load(Path(n, "seed-0", CHECKPOINT), kind="learner")["model"] for n in ("y", "z"))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.values() for m in same), strict=True))
+
+
+def test_remove_a_class_and_compare(run, command):
+    code, out, _ = command("remove", run, "--label", "1", "--seed", "1", "--out", "y", "--compare",
+                           "--json", *FEW)  # fmt: skip
+    assert code == 0
+    summary = json.loads(out)
+    (result,) = summary["seeds"]
+    assert result["seed"] == 1
+    assert sorted(summary["change"]["ids"]) == ["0", "1"]
+    assert result["retrained"]["gradients"] > 0
+    assert 0 <= result["removed_after"] <= 1
+    assert not bool((prior_of(Path("y"), 1).memory.labels == 1).any())
+    assert not Path("y", "seed-0").exists()
+
+
+def test_a_chain_of_all_kinds(run, command):
+    """Each starts from the folder of the last, whose network may be another."""
+    new = np.random.default_rng(0).normal(size=(9, 2)).astype("float32")
+    np.savez("new.npz", x=new, y=np.arange(9) % 2)
+    steps = (
+        ("regularise", ("--precision", "0.5")),
+        ("add", ("--from", "new.npz")),
+        ("transfer", ("--hidden", "7")),
+        ("transfer", ("--classes", "3")),
+        ("remove", ("--label", "1", "--task", "3")),
+        ("transfer", ("--keep", "2,0", "--hidden", "none")),
+    )
+    last: Path = run
+    for i, (kind, options) in enumerate(steps):
+        code, _, err = command(kind, last, *options, "--seed", "0", "--out", f"s{i}", *FEW)
+        assert (code, err) == (0, "")
+        last = Path(f"s{i}")
+    assert prior_of(Path("s0")).regulariser.precision == 0.5
+    assert prior_of(Path("s1")).num_data == prior_of(run).num_data + 9
+    model = load(Path("s2", "seed-0", CHECKPOINT), kind="learner")["model"]
+    assert [tuple(v.shape) for v in model.values()] == [(7, 2), (7,), (2, 7), (2,)]
+    model = load(Path("s3", "seed-0", CHECKPOINT), kind="learner")["model"]
+    assert [tuple(v.shape) for v in model.values()] == [(7, 2), (7,), (3, 7), (3,)]
+    model = load(last / "seed-0" / CHECKPOINT, kind="learner")["model"]
+    assert [tuple(v.shape) for v in model.values()] == [(2, 2), (2,)]
+    assert set(prior_of(last).memory.labels.tolist()) == {1}
+    history = json.loads(Path(last, runs.CONFIG).read_text())["adaptations"]
+    assert history["learned"] == 2
+    assert [step["kind"] for step in history["steps"]] == [kind for kind, _ in steps]
+    with pytest.raises(runs.UsageError, match="was adapted, and cannot be resumed"):
+        runs.load_config(last)
+    assert cli.main(["run", "--resume", str(last)]) == 2
+
+
+def test_other_hidden_layers_note_what_they_leave(run, command):
+    code, out, err = command(
+        "transfer", run, "--hidden", "8,8", "--out", "y", "--max-iterations", "2"
+    )
+    assert code == 0
+    assert "Note: the new model leaves behind" in out
+    assert err == "seed 0 is adapted\nseed 1 is adapted\n"
+
+
+def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    learn = runs.Learner.learn
+
+    def stop(self, task, **options):
+        if task.index == 1:
+            raise KeyboardInterrupt
+        learn(self, task, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Learner, "learn", stop)
+        assert cli.main(["run", *RUN, "--prior", "kprior", "--out", str(folder), "--quiet"]) == 130
+    code, _, err = command("add", folder, "--task", "3", "--out", "y", *FEW)
+    assert (code, "the next one is 2" in err) == (2, True)
+    code, _, _ = command("add", folder, "--task", "2", "--out", "y", *FEW)
+    assert code == 0
+    assert prior_of(Path("y")).num_tasks == 2
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("remove", "RUN"), "say what to remove: --ids 3,5,9"),
+        (("remove", "RUN", "--ids", "3,x"), "--ids wants whole numbers"),
+        (("remove", "RUN", "--ids", "@none"), "--ids: cannot read none: No such file"),
+        (("remove", "RUN", "--ids", "99999"), "--ids: 99999 is not among the examples"),
+        (("remove", "RUN", "--label", "7"), "nothing to remove: no example with label 7"),
+        (("remove", "RUN", "--task", "3"), "--task 3: the run has learned tasks 1 to 2"),
+        (("remove", "nowhere", "--label", "1"), "there is no run in nowhere"),
+        (("remove", "RUN", "--label", "1", "--seed", "5"), "no learner of seed 5; it has 0, 1"),
+        (("add", "RUN"), "say what to add: --from FILE, or --task N"),
+        (("add", "RUN", "--task", "3"), "all are learned (2 tasks)"),
+        (("add", "RUN", "--from", "none.npz"), "none.npz"),
+        (("add", "RUN", "--from", "wide.npz"), "holds inputs of shape (3,), the run learned (2,)"),
+        (("add", "RUN", "--from", "wide.npz", "--head", "a"), "--head wants whole numbers"),
+        (("regularise", "RUN"), "say what to change: --precision 0.1"),
+        (("regularise", "RUN", "--precision", "-1"), "--precision must be a number of at least 0"),
+        (("transfer", "RUN"), "say what to change: --hidden 64,64"),
+        (("transfer", "RUN", "--hidden", "0"), "--hidden wants widths of at least 1"),
+        (("transfer", "RUN", "--classes", "1"), "--classes 1: the network has 2; say which"),
+        (("transfer", "RUN", "--keep", "0,0"), "--keep wants different classes of 0 to 1"),
+        (("regularise", "RUN", "--precision", "1", "--lr", "0"), "--lr must be a positive number"),
+        (("regularise", "RUN", "--precision", "1", "--threads", "0"), "--threads must be at least"),
+        (("chop", "RUN"), "there is no kind 'chop' of adaptation"),
+        (("removed", "RUN"), "did you mean 'remove'?"),
+    ],
+)
+def test_mistakes_take_one_line_and_write_nothing(run, command, args, message):
+    np.savez("wide.npz", x=np.zeros((4, 3), "float32"), y=np.zeros(4, "int64"))
+    args = [str(run) if a == "RUN" else a for a in args]
+    code, out, err = command(*args, "--out", "y")
+    assert (code in (1, 2), out) == (True, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in Path().iterdir()) == ["wide.npz"]
+
+
+def test_folders_that_are_taken(run, command):
+    Path("file").write_text("")
+    Path("full").mkdir()
+    Path("full", "x").write_text("")
+    Path("empty").mkdir()
+    for taken in ("file", "full", str(run)):
+        code, _, err = command("regularise", run, "--precision", "1", "--out", taken, *FEW)
+        assert (code, "exists already; choose another folder with --out" in err) == (2, True)
+    assert command("regularise", run, "--precision", "1", "--out", "empty", *FEW)[0] == 0
+    assert Path("empty", ADAPTATION).is_file()
+
+
+def test_a_failure_half_way_leaves_no_folder(run, tmp_path, monkeypatch):
+    count = []
+
+    def fail(*args, **kwargs):
+        count.append(1)
+        if len(count) > 1:
+            raise OSError("the disk is full")
+        return save(*args, **kwargs)
+
+    save = adapted_runs.Learner.save
+    monkeypatch.setattr(adapted_runs.Learner, "save", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        adapt(run, tmp_path / "y", Remove(label=1), max_iterations=1)
+    assert len(count) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_learners_or_memory(run, command, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / runs.CONFIG).write_bytes((run / runs.CONFIG).read_bytes())
+    with pytest.raises(runs.UsageError, match="holds no learner yet"):
+        adapt(tmp_path / "bare", tmp_path / "y", Remove(label=1))
+    args = ["run", *RUN[:-2], "--prior", "ewc", "--out", str(tmp_path / "ewc"), "--quiet"]
+    assert cli.main(args) == 0
+    with pytest.raises(runs.UsageError, match="remembers no examples"):
+        adapt(tmp_path / "ewc", tmp_path / "y", Transfer(hidden=(4,)))
+    assert not (tmp_path / "y").exists()
