@@ -106,7 +106,8 @@ def test_statistics_are_the_data_given_again(structure: Any, memory: int) -> Non
     torch.testing.assert_close(value, by_data_without_groups(place))
     assert by_statistics.num_data == by_data.num_data == len(data) - len(which)
     for left in (by_statistics, by_data):
-        assert left.weight is not None and left.weight.groups is not None
+        assert left.weight is not None
+        assert left.weight.groups is not None
         assert left.weight.groups.known == {0, 1}
 
 
@@ -135,7 +136,8 @@ def test_part_of_a_group_then_the_rest():
     torch.testing.assert_close(once(place), steps(place))
     assert once.num_data == steps.num_data == int((groups == 0).sum())
     left = once.forget(model, groups=[0])
-    assert left.num_data == 0 and left.memory is None
+    assert left.num_data == 0
+    assert left.memory is None
     torch.testing.assert_close(left(place), prior(place))
 
 
@@ -167,7 +169,8 @@ def test_replay_forgets_the_members_of_a_group():
     groups = of(data)
     after = prior.update(model, data, groups=groups, generator=torch.Generator().manual_seed(0))
     left = after.forget(model, groups=[0])
-    assert left.memory is not None and after.memory is not None
+    assert left.memory is not None
+    assert after.memory is not None
     expected = after.memory.origin[groups[after.memory.origin] != 0]
     assert torch.equal(left.memory.origin, expected)
     assert left.num_data == int((groups != 0).sum())
@@ -207,7 +210,8 @@ def test_groups_are_saved_moved_scaled_and_transferred(tmp_path: Path):
     r = regulariser(place)
     torch.testing.assert_close(half(place) - r, 0.5 * (truth - r))
     single = prior.to(dtype=torch.float32)
-    assert single.weight is not None and single.weight.groups is not None
+    assert single.weight is not None
+    assert single.weight.groups is not None
     share = single.weight.groups.shares[1]
     assert share.gradient is not None
     assert {v.dtype for v in share.gradient.values()} == {torch.float32}
@@ -235,7 +239,8 @@ def test_where_chooses_among_the_memory():
     gone = (data.labels == 1).nonzero().squeeze(1)
     a = after.forget(model, where=lambda memory: memory.labels == 1, task=0)
     b = after.forget(model, ids=data.ids[gone], task=0)
-    assert torch.equal(a(model), b(model)) and a.num_data == b.num_data
+    assert torch.equal(a(model), b(model))
+    assert a.num_data == b.num_data
     rest = data[(data.labels != 1).nonzero().squeeze(1)]
     batch = laws.retrained(case, model, Regulariser(0.5), rest, case.data[1])
     assert laws.distance(laws.weights(laws.minimum(model, a)), laws.weights(batch)) < 1e-7
@@ -262,11 +267,14 @@ def test_clip_is_the_positive_part(structure: Any) -> None:
         after.forget(model, data[:9])
     with pytest.warns(ClippedWarning, match="% of the curvature to be removed stays in it"):
         clipped = after.forget(model, data[:9], on_indefinite="clip")
-    assert clipped.weight is not None and after.weight is not None
+    assert clipped.weight is not None
+    assert after.weight is not None
     found, before = clipped.weight.curvature, after.weight.curvature
-    assert found is not None and before is not None
+    assert found is not None
+    assert before is not None
     leaving = prior.update(model, data[:9]).weight
-    assert leaving is not None and leaving.curvature is not None
+    assert leaving is not None
+    assert leaving.curvature is not None
     wanted = before.dense().matrix - leaving.curvature.dense().matrix
     if structure == "diagonal":
         wanted = wanted.diagonal().clamp(min=0).diag()
@@ -341,4 +349,5 @@ def test_what_groups_cannot_do():
 
 def test_groups_as_values():
     empty = Groups.from_state_dict({"shares": [], "members": torch.empty(0, 3).long()})
-    assert empty.known == set() and empty.num_bytes == 0
+    assert empty.known == set()
+    assert empty.num_bytes == 0
