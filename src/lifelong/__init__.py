@@ -36,8 +36,6 @@ if TYPE_CHECKING:
         NotConvergedError,
         NotRepeatableError,
         StaleAnchorError,
-        NotRepeatableError,
-        StaleAnchorError,
         StoreError,
     )
     from .function_space import function_covariance, function_kernel
@@ -69,8 +67,8 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
-    from .refit import Refit
     from .reconstruction import FidelityReport, Trail, fidelity, fidelity_curve, rehearse
+    from .refit import Refit
     from .scores import identify
     from .sensitivity import (
         SensitivityTrace,
