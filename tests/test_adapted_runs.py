@@ -1,4 +1,4 @@
-"""``lifelong adapt`` on saved runs: what it changes, what it leaves alone, mistakes."""
+"""``lifelong adapt`` on saved runs: what it changes, what it leaves, what it says of mistakes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command(
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return call
+    return call  # type: ignore[misc]
 
 
 def prior_of(folder: Path, seed: int = 0) -> Prior:

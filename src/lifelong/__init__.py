@@ -182,7 +182,10 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
-    "budget": ("Bytes", "Fidelity"),
+    "budget": (
+        "Bytes",
+        "Fidelity",
+    ),
     "curvature": (
         "BlockDiagonal",
         "Dense",
@@ -199,25 +202,50 @@ _MODULES = {
         "low_rank_curvature",
     ),
     "data": ("Examples",),
-    "divergences": ("KL", "Logit"),
-    "dnn2gp": ("GaussianProcess", "pseudo_data"),
+    "divergences": (
+        "KL",
+        "Logit",
+    ),
+    "dnn2gp": (
+        "GaussianProcess",
+        "pseudo_data",
+    ),
     "errors": (
         "CheckpointError",
         "NonFiniteError",
         "NotConvergedError",
         "NotRepeatableError",
         "StaleAnchorError",
-        "NotRepeatableError",
-        "StaleAnchorError",
         "StoreError",
     ),
-    "function_space": ("function_covariance", "function_kernel"),
-    "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
+    "function_space": (
+        "function_covariance",
+        "function_kernel",
+    ),
+    "kernel_methods": (
+        "Hinge",
+        "KernelMachine",
+        "KernelPrior",
+    ),
     "learner": ("Learner",),
-    "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
-    "memory": ("Memory", "memorise"),
-    "metrics": ("AccuracyMatrix", "evaluate"),
-    "models": ("evaluating", "widen"),
+    "likelihoods": (
+        "Bernoulli",
+        "Categorical",
+        "Gaussian",
+        "Poisson",
+    ),
+    "memory": (
+        "Memory",
+        "memorise",
+    ),
+    "metrics": (
+        "AccuracyMatrix",
+        "evaluate",
+    ),
+    "models": (
+        "evaluating",
+        "widen",
+    ),
     "path": ("PathIntegral",),
     "posterior": ("Posterior",),
     "presets": (
@@ -240,8 +268,14 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
-    "refit": ("Refit",),  # the function has the name of its module: lifelong.refit.refit
-    "reconstruction": ("FidelityReport", "Trail", "fidelity", "fidelity_curve", "rehearse"),
+    "reconstruction": (
+        "FidelityReport",
+        "Trail",
+        "fidelity",
+        "fidelity_curve",
+        "rehearse",
+    ),
+    "refit": ("Refit",),
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",
@@ -250,7 +284,10 @@ _MODULES = {
         "sensitivities",
         "variance_from_optimizer",
     ),
-    "store": ("MemoryStore", "open_store"),
+    "store": (
+        "MemoryStore",
+        "open_store",
+    ),
     "streams": (
         "Task",
         "TaskStream",
@@ -260,8 +297,19 @@ _MODULES = {
         "rotated",
         "split_by_class",
     ),
-    "terms": ("KernelTerm", "MemoryTerm", "Regulariser", "WeightTerm"),
-    "variational": ("IVON", "VOGN", "VON", "Vadam", "gaussian_posterior"),
+    "terms": (
+        "KernelTerm",
+        "MemoryTerm",
+        "Regulariser",
+        "WeightTerm",
+    ),
+    "variational": (
+        "IVON",
+        "VOGN",
+        "VON",
+        "Vadam",
+        "gaussian_posterior",
+    ),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
