@@ -725,6 +725,7 @@ class Prior:
             names=parameters,
             classes=classes,
             head=head,
+            curvature=curvature,
             previous=previous,
             allow_unmatched=allow_unmatched,
         )
@@ -750,7 +751,7 @@ class Prior:
             )
         if curvature is not None:
             curvature, lost = follow(curvature, how.current, how.places, leave=allow_unmatched)
-            behind += lost
+            behind += [n for n in (*how.lost, *lost) if n not in behind]
         if behind:
             warnings.warn(
                 f"the new model leaves behind what the past said of {len(behind)} parameters "
