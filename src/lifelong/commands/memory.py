@@ -61,15 +61,19 @@ _Store = Annotated[Positional[str], arg(metavar="STORE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Output:
     """What every command takes."""
 
-    store: _Store
-    """Folder or address of the store."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
     debug: bool = False
     """Show the whole traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Output):
+    store: _Store
+    """Folder or address of the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class DiffFlags(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Common):
+class Import(Output):
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, or the learner.safetensors of one of its seeds."""
     store: _Store
@@ -239,7 +243,7 @@ def _ls(flags: Ls) -> int:
             total, items = len(found), found[flags.offset : flags.offset + flags.limit]
         version = store.version if flags.version is None else flags.version
     if flags.json:
-        return _json({"version": version, "total": total, "items": [asdict(i) for i in items]})
+        return _json({"version": version, "total": total, "items": [_plainly(i) for i in items]})
     if not total:
         selected = flags.ids is not None or flags.where is not None
         _say("no item is like that" if selected else f"version {version} holds no items")
@@ -285,7 +289,7 @@ def _show(flags: Show) -> int:
         words = store.raw(item.item) if item.kind == "text" else None
         when = next((v.time for v in store.history() if v.number == item.since), None)
     if flags.json:
-        found_item = asdict(item) | {"memorised": when, "outputs": outputs, "soft_label": beliefs}
+        found_item = _plainly(item) | {"memorised": when, "outputs": outputs, "soft_label": beliefs}
         return _json(found_item | ({} if words is None else {"input": words}))
     from ..report.table import bytes_text
 
@@ -311,6 +315,10 @@ def _show(flags: Show) -> int:
     if flags.image is not None:
         _say(f"its image is in {flags.image}")
     return 0
+
+
+def _plainly(item: Item) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if name != "layout"}
 
 
 def _beliefs(
@@ -736,7 +744,8 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=None)
     words = ("", "id", "input", "what", "when", "prior", "numbers", "class")
     for column in columns:
-        table.add_column(column, justify="left" if column in words else "right")
+        whole = column == "when"
+        table.add_column(column, justify="left" if column in words else "right", no_wrap=whole)
     return table
 
 
