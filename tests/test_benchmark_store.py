@@ -1,4 +1,4 @@
-"""The comparison of stores in its smoke setting: every side gives back, and erases, what it should."""
+"""The comparison of stores, in its smoke setting: what each side gives back, and erases."""
 
 from __future__ import annotations
 
