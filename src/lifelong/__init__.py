@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from .data import Examples
     from .divergences import KL, Logit
     from .dnn2gp import GaussianProcess, pseudo_data
-    from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .errors import (
+        CheckpointError,
+        NonFiniteError,
+        NotRepeatableError,
+        StaleAnchorError,
+        StoreError,
+    )
     from .function_space import function_covariance, function_kernel
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
@@ -66,6 +72,7 @@ if TYPE_CHECKING:
         sensitivities,
         variance_from_optimizer,
     )
+    from .store import MemoryStore, open_store
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
     from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -95,6 +102,7 @@ __all__ = [
     "Logit",
     "LowRank",
     "Memory",
+    "MemoryStore",
     "MemoryTerm",
     "NonFiniteError",
     "NotRepeatableError",
@@ -106,6 +114,7 @@ __all__ = [
     "Regulariser",
     "SensitivityTrace",
     "StaleAnchorError",
+    "StoreError",
     "Task",
     "TaskStream",
     "Vadam",
@@ -140,6 +149,7 @@ __all__ = [
     "memorise",
     "online_ewc",
     "online_laplace",
+    "open_store",
     "permuted",
     "pseudo_data",
     "rotated",
@@ -173,7 +183,13 @@ _MODULES = {
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "dnn2gp": ("GaussianProcess", "pseudo_data"),
-    "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "errors": (
+        "CheckpointError",
+        "NonFiniteError",
+        "NotRepeatableError",
+        "StaleAnchorError",
+        "StoreError",
+    ),
     "function_space": ("function_covariance", "function_kernel"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
@@ -210,6 +226,7 @@ _MODULES = {
         "sensitivities",
         "variance_from_optimizer",
     ),
+    "store": ("MemoryStore", "open_store"),
     "streams": (
         "Task",
         "TaskStream",

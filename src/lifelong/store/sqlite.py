@@ -584,8 +584,7 @@ class SqliteStore(Database):
         if folder.is_symlink() or not folder.is_dir():
             return []
         gone = [p for p in files.walk(folder) if p.stem.isdecimal() and int(p.stem) in items]
-        for path in gone:
-            files.erase(path)
+        files.erase(*gone)
         return [str(path) for path in gone]
 
     # -------------------------------------------------------------------- read
