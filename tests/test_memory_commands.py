@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import nn
 import lifelong
 from lifelong import Categorical, Examples, Memory, cli
 from lifelong.commands import memory as commands
+from lifelong.commands.flags import parse
 from lifelong.learner import CHECKPOINT, Learner
 from lifelong.store import Where, open_store
 
@@ -110,6 +112,18 @@ def test_help_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_page_shows_commands_that_exist() -> None:
+    page = Path(__file__).parent.parent / "docs" / "memory-store.md"
+    lines = [
+        shlex.split(line, comments=True)[2:]
+        for line in page.read_text().splitlines()
+        if line.startswith("lifelong memory ")
+    ]
+    assert {name for name, *_ in lines} == set(commands.COMMANDS)
+    for name, *args in lines:
+        parse(commands.COMMANDS[name].flags, name, "", "", args).check()
 
 
 # Look -------------------------------------------------------------------------------------------
