@@ -16,7 +16,7 @@ Erasing takes three steps, since Lance keeps what it deletes: rows are deleted, 
 rows written again whatever their share, and old versions of the table cleaned up whatever their
 age. If a kill comes in between, the next writer goes on from there.
 
-Of every item a few numbers are held in memory (about a kilobyte); outputs and inputs are not.
+Of every item a few numbers are held in memory (about half a kilobyte); outputs and inputs are not.
 """
 
 from __future__ import annotations
