@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import lifelong
-from lifelong import Categorical, Examples, Posterior, Prior, TaskStream
+from lifelong import Categorical, Examples, Posterior, Prior, TaskStream, memory_plots
 from lifelong.benchmarks import mlp
 from lifelong.budget import Fidelity
 from lifelong.data import head_mask
@@ -410,7 +410,7 @@ class Log:
         self.lines.append(line)
 
 
-PARTS = ("cells", "coverage", "curve", "speed")
+PARTS = ("cells", "coverage", "curve", "speed", "figures")
 
 
 def run(
@@ -445,6 +445,8 @@ def run(
         result["curve"] = curve(config, log)
     if "speed" in parts:
         result["speed"] = speed(config, log)
+    if "figures" in parts:
+        figures(result, config, out)
     log(f"{', '.join(parts)}: {time.perf_counter() - start:.0f} s")
     path.write_text(json.dumps(result, indent=1) + "\n")
     settings = {**asdict(config), "git": revision()}
@@ -453,6 +455,26 @@ def run(
     with (out / "log.txt").open("a") as file:
         file.writelines(line + "\n" for line in log.lines)
     return result
+
+
+def figures(result: dict[str, Any], config: Config, out: Path) -> None:
+    """predicted.png of the confirmation's cells, curve.png: what the record holds of them."""
+    rows = [row for row in result.get("cells", []) if row["stream"] in config.confirmation]
+    if rows:
+        figure = memory_plots.predicted_against_lost(
+            [row[CHOSEN] for row in rows],
+            [row["lost"] for row in rows],
+            groups=[row["method"] for row in rows],
+            log=True,
+        )
+        figure.savefig(out / "predicted.png")
+    if "curve" in result:
+        found = result["curve"]
+        lines = {}
+        for method in ("kprior", "kprior, N/M"):
+            lines[f"{method}: curve"] = found[method]["curve"]
+            lines[f"{method}: made"] = found[method]["made"]
+        memory_plots.fidelity_against_memory(found["sizes"], lines).savefig(out / "curve.png")
 
 
 def told(rows: list[dict], config: Config, log: Log) -> dict[str, Any]:
