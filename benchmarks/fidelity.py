@@ -227,12 +227,14 @@ PREDICTORS = {  # name -> sign: what should rise with the accuracy lost
 CHOSEN = "missed_per_example"
 
 
-def correlations(rows: list[dict]) -> dict[str, float]:
-    lost = [row["lost"] for row in rows]
-    return {
-        name: spearman(sign * np.array([row[name] for row in rows]), np.array(lost))
+def correlations(rows: list[dict]) -> dict[str, float | None]:
+    """Of each predictor with the accuracy lost; None where one of the two is constant."""
+    lost = np.array([row["lost"] for row in rows])
+    found = {
+        name: spearman(sign * np.array([row[name] for row in rows]), lost)
         for name, sign in PREDICTORS.items()
     }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def interval(rows: list[dict], seed: int = 0, resamples: int = 1000) -> list[float]:
@@ -485,7 +487,7 @@ def told(rows: list[dict], config: Config, log: Log) -> dict[str, Any]:
         for group, found in result[name].items():
             value, (low, high) = found["spearman"][CHOSEN], found["interval_95"]
             log(
-                f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value:.3f} "
+                f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value or 0:.3f} "
                 f"({low:.2f} to {high:.2f}); {json.dumps(found['spearman'])}"
             )
     return result
