@@ -336,7 +336,6 @@ def mean(values: list[float]) -> float:
 
 
 def run(config: Config, data: Path | None, out: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     log = (out / "log.txt").open("a")
 
@@ -390,6 +389,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--part", choices=("main", "lira"))
     flags = parser.parse_args()
+    torch.set_num_threads(1)
     parts = ("main", "lira") if flags.part is None else (flags.part,)
     run(SMOKE if flags.smoke else Config(), flags.data, flags.out, parts)
 
