@@ -25,6 +25,7 @@ from lifelong.certificate import (
     Certificate,
     canonical,
     certify,
+    certify_removal,
     create_key,
     digest_examples,
     digest_model,
@@ -140,6 +141,28 @@ def test_digests_tell_examples_models_and_priors_apart(world: dict[str, Any]):
     assert digest_model(changed) != digest_model(world["before"])
     assert digest_prior(world["prior"]) == digest_prior(world["prior"].to())
     assert digest_prior(world["prior"]) != digest_prior(2 * world["prior"])
+
+
+def test_of_a_learner_that_removed(world: dict[str, Any], keys: tuple[Path, Path], tmp_path: Path):
+    done, data = world["unlearned"], world["removed"]
+    told = {
+        "before": world["before"],
+        "after": world["after"],
+        "prior_before": world["prior"],
+        "prior_after": done.prior,
+        "refit": done.refit,
+        "key": keys[0],
+    }
+    file, page = certify_removal(tmp_path, removed={0: data[:2], 1: data[2:]}, **told)
+    found = Certificate.load(file)
+    assert found.verify(keys[1]).valid
+    assert found.content["removed"]["ids"] == ["0:0", "0:1", "1:2", "1:3", "1:4"]
+    assert found.content["removed"]["sha256"] == digest_examples(data)
+    assert found.content["removed"]["in_memory"] == 5
+    assert found.content["removed"]["given"] == 0
+    assert page.is_file()
+    with pytest.raises(ValueError, match="nothing was removed"):
+        certify_removal(tmp_path, removed={}, **told)
 
 
 # ------------------------------------------------------------------ tampering

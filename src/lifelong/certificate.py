@@ -29,10 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .data import Data, batches
+from .data import Data, Examples, batches
 from .errors import CheckpointError
-from .models import take
+from .models import concat, take
 from .prior import Prior
+from .refit import Refit
+from .removal import Removal
 from .unlearning import Audit, Unlearned
 
 FORMAT, VERSION = "lifelong certificate of unlearning", 1
@@ -306,6 +308,55 @@ def certify(
     }
     certificate = Certificate.of(content)
     return certificate if key is None else certificate.sign(key)
+
+
+def certify_removal(
+    folder: str | os.PathLike[str],
+    *,
+    before: nn.Module,
+    after: nn.Module,
+    prior_before: Prior,
+    prior_after: Prior,
+    removed: Mapping[int, Examples],
+    refit: Refit,
+    clipped: float = 0.0,
+    audit: Audit | None = None,
+    note: str = "",
+    key: Any = None,
+) -> tuple[Path, Path]:
+    """The certificate of a removal that ``Learner.remove`` did, saved in ``folder``: the paths of
+    json and page. removed: task -> examples, named "task:id". Raises as ``certify`` and ``save``,
+    ValueError where nothing was removed.
+    """
+    if not removed:
+        raise ValueError("nothing was removed, so there is nothing to certify")
+    ids = [f"{task}:{i}" for task, data in removed.items() for i in data.ids.tolist()]
+    parts = [data.batch(slice(None)) for data in removed.values()]
+    examples = Examples(concat([b.inputs for b in parts]), torch.cat([b.labels for b in parts]))
+    held = [0 if p.memory is None else len(p.memory) for p in (prior_before, prior_after)]
+    in_memory = held[0] - held[1]
+    gone = None
+    if in_memory and prior_before.memory is not None:
+        gone = prior_before.memory[slice(0, in_memory)]  # only its number is told
+    done = Unlearned(
+        prior_after,
+        Removal(prior_after.terms, gone, given=len(ids) - in_memory, clipped=clipped),
+        refit,
+        forgetting=0.0,
+        seconds=refit.seconds,
+    )
+    paper = certify(
+        before=before,
+        after=after,
+        prior=prior_before,
+        unlearned=done,
+        removed=examples,
+        ids=ids,
+        audit=audit,
+        note=note,
+        key=key,
+    )
+    return paper.save(folder)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
