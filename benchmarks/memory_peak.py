@@ -29,8 +29,8 @@ MLP, CIFAR = CASES["MLP 784-256-256-10"], CASES["CifarNet"]
 def select(n: int) -> Callable[[], object]:
     """200 of n examples that are made a batch at a time."""
     model = MLP.build()
-    memorise(model, Lazy(MLP.shape, 1024), Categorical(), size=200)  # first uses of everything
-    return lambda: memorise(model, Lazy(MLP.shape, n), Categorical(), size=200)
+    memorise(model, Lazy(MLP.shape, 1024), Categorical(), budget=200)  # first uses of everything
+    return lambda: memorise(model, Lazy(MLP.shape, n), Categorical(), budget=200)
 
 
 def curvature(n: int) -> Callable[[], object]:

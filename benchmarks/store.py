@@ -2,6 +2,9 @@
 
     python -m benchmarks.store --data DIR --out DIR [--smoke] [--scratch DIR]
 
+Sides: one file for each image; Parquet; a plain Lance table; ``lifelong.store`` on SQLite and on
+Lance, which check the digest of each row that they read, and hold soft labels and more besides.
+
 Images: the JPEG files of Tiny ImageNet, 64 x 64, as they came, each followed by 32 bytes that no
 other has (a JPEG reader stops before them), so that every image can be searched for on disk, also
 where the data set is repeated to reach the number wanted. Pixels: random uint8 (3, 64, 64).
@@ -43,9 +46,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
+from lifelong.memory import Memory
 from lifelong.readers import find
 from lifelong.runs import versions
+from lifelong.store import open_store
 
 SHAPE = (3, 64, 64)
 MARK, PREFIX = 32, b"\xf1lifelong"
@@ -261,7 +268,77 @@ class Lance:
         dataset.cleanup_old_versions(older_than=timedelta(0))
 
 
-SIDES: dict[str, type[Side]] = {"files": Files, "parquet": Parquet, "lance": Lance}
+class Ours:
+    """A ``MemoryStore``: with soft labels of ten outputs, weights, ids and digests besides."""
+
+    suffix = ""
+    synced = True
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.path, self.kind = f"{folder}{self.suffix}", kind
+        self.folder = folder  # what is measured on disk
+        if self.suffix:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = f"{folder}/store{self.suffix}"
+
+    def append(self, parts: Iterable[Rows]) -> None:
+        with open_store(self.path) as store:
+            for part in parts:
+                pixels = self.kind == "pixels"
+                store.append(memory_of(part, pixels), inputs=None if pixels else list(part.payload))
+
+    def reader(self) -> Callable[[Sequence[int]], Any]:
+        store = open_store(self.path, "r")
+
+        def read(ids: Sequence[int]) -> Any:
+            if self.kind == "pixels":
+                return store.batch(ids).inputs
+            kept: list[bytes] = []
+
+            def keep(values: Sequence[bytes]) -> Tensor:
+                kept.extend(values)
+                return torch.empty(len(values), 0)
+
+            store.batch(ids, decode=keep)
+            return kept
+
+        return read
+
+    def erase(self, ids: Sequence[int]) -> None:
+        with open_store(self.path) as store:
+            store.forget([i + 1 for i in ids])
+
+
+class OursOnLance(Ours):
+    __doc__ = Ours.__doc__
+    suffix = ".lance"
+
+
+def memory_of(rows: Rows, pixels: bool) -> Memory:
+    n = len(rows)
+    inputs = torch.empty(n, 0)
+    if pixels:
+        inputs = torch.frombuffer(bytearray(b"".join(rows.payload)), dtype=torch.uint8)
+        inputs = inputs.reshape(n, *SHAPE)
+    return Memory(
+        inputs=inputs,
+        labels=torch.from_numpy(rows.labels.astype(np.int64)),
+        reference=torch.zeros(n, 10),
+        soft_weight=torch.ones(n),
+        hard_weight=torch.zeros(n),
+        task=torch.zeros(n, dtype=torch.int64),
+        origin=torch.arange(rows.ids[0], rows.ids[-1] + 1),
+        head=torch.zeros(n, dtype=torch.int64),
+    )
+
+
+SIDES: dict[str, type[Side]] = {
+    "files": Files,
+    "parquet": Parquet,
+    "lance": Lance,
+    "store (SQLite)": Ours,
+    "store (Lance)": OursOnLance,
+}
 REFERENCE = "files"
 
 
@@ -336,7 +413,7 @@ def read(
             elapsed = time.perf_counter() - start
             if turn:  # first uses are no reading
                 seconds[name].append(elapsed)
-            elif [bytes(p) for p in payload] != [rows.payload[i] for i in ids]:
+            elif as_bytes(payload) != [rows.payload[i] for i in ids]:
                 raise ValueError(f"{name} read something else than was written")
     found = {
         name: {**ratio(seconds[name], seconds[REFERENCE]), "open": opened[name]} for name in SIDES
@@ -392,6 +469,12 @@ def on_disk(folder: Path, ids: Iterable[int]) -> int:
 def size_of(folder: Path) -> int:
     """Bytes that the files take, in whole blocks of the file system."""
     return sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+
+
+def as_bytes(payload: Any) -> list[bytes]:
+    if isinstance(payload, Tensor):
+        return [row.numpy().tobytes() for row in payload]
+    return list(payload)
 
 
 def in_turn(turn: int) -> list[str]:
@@ -452,6 +535,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = SMOKE if options.smoke else Config()
     given = {"kind": options.kind, "num_images": options.images, "rounds": options.rounds}
     config = Config(**{**asdict(config), **{k: v for k, v in given.items() if v is not None}})
+    torch.set_num_threads(1)
     lines = [f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {config}"]
 
     def log(line: str) -> None:

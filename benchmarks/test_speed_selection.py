@@ -32,7 +32,7 @@ def inference(model: nn.Module, data: Examples) -> Work:
 
 
 def selection(model: nn.Module, data: Examples, score: str = "lambda") -> Work:
-    return lambda: memorise(model, data, Categorical(), size=SIZE, score=score, per_class=True)
+    return lambda: memorise(model, data, Categorical(), budget=SIZE, score=score, per_class=True)
 
 
 @pytest.mark.parametrize(("case", "count"), EXAMPLES)

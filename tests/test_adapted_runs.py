@@ -1,4 +1,4 @@
-"""``lifelong adapt`` on saved runs: what it changes, what it leaves alone, what it says of mistakes."""
+"""``lifelong adapt`` on saved runs: what it changes, what it leaves, what it says of mistakes."""
 
 from __future__ import annotations
 

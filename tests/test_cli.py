@@ -77,7 +77,8 @@ def test_help_needs_no_torch() -> None:
     """Torch takes seconds to import."""
     code = (
         "import sys, lifelong.cli as cli\n"
-        "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn']):\n"
+        "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn'],\n"
+        "             ['adapt', '--help'], ['adapt', 'remove', '--help'], ['adapt', 'remov']):\n"
         "    cli.main(args)\n"
         "sys.exit('torch' in sys.modules)"
     )
@@ -113,7 +114,9 @@ def test_the_package_offers_its_names_lazily() -> None:
         (["run", "--memry", "4"], "Perhaps you meant: --memory INT"),
         (["run", "--prior", "frmp"], "Expected one of ('finetune',"),
         (["run", "--scenario", "tsk"], "expected task or class or domain, got 'tsk'"),
-        (["run", "--memory", "few"], "expected a whole number, got 'few'"),
+        (["run", "--memory", "few"], "'few' is no budget"),
+        (["run", "--memory", "0B"], "at least 1, got 0"),
+        (["run", "--memory", "fidelity:2"], "lies in (0, 1], got 2"),
         (["run", "--lr"], "Missing value for argument '--lr'"),
         (["run", "--prior", "ewc", "--set", "strngth=1"], "did you mean 'strength'?"),
         (["run", "--benchmark", "split-mnist"], "set LIFELONG_DATA"),
@@ -240,7 +243,7 @@ def test_wrong_values_in_a_file_name_the_file(command: Command, tmp_path: Path) 
     file.write_text('memory = "few"\n')
     code, _, err = command("run", "--config", file)
     assert code == 2
-    assert "expected a whole number, got 'few'" in plain(err)
+    assert "'few' is no budget" in plain(err)
     assert f"the wrong setting is in {file}" in err
 
 

@@ -264,6 +264,22 @@ def test_methods_without_a_minimum_in_closed_form():
     assert learner.prior.num_data == len(second)
 
 
+def test_what_is_not_trained_follows_by_name():
+    learner = Learner(mlp(nn.BatchNorm1d(16)), lifelong.kprior(Categorical(), memory=6))
+    first = stream()[0]
+    learner.model[0].bias.requires_grad_(False)
+    learner.learn(first)
+    statistics = learner.model[1].running_mean.clone()
+    other = mlp(nn.BatchNorm1d(16))
+    other[0].bias.requires_grad_(False)
+    with torch.no_grad():
+        other[0].bias.fill_(7.0)
+    bias = learner.model[0].bias.clone()
+    learner.transfer(other, max_iterations=2)
+    assert torch.equal(other[1].running_mean, statistics)
+    assert torch.equal(other[0].bias, bias)
+
+
 def test_a_few_examples_are_all_kept():
     learner = adaptable(memory=10)
     first = doubled()[0].train

@@ -63,7 +63,7 @@ def test_streaming_keeps_what_scoring_everything_at_once_would(
         model,
         DATA,
         Categorical(),
-        size=size,
+        budget=size,
         score=score,
         per_class=balanced,
         descending=descending,
@@ -101,14 +101,14 @@ def test_the_ids_that_are_named_are_kept():
 
 def test_k_centre_keeps_the_outputs_that_are_farthest_apart():
     model = mlp()
-    memory = memorise(model, DATA, Categorical(), size=5, score="k_centre", batch_size=7)
+    memory = memorise(model, DATA, Categorical(), budget=5, score="k_centre", batch_size=7)
     chosen = k_centre(model(INPUTS).detach(), 5)
     assert sorted(memory.origin.tolist()) == sorted((chosen + 100).tolist())
 
 
 def test_labels_that_are_no_classes_are_not_balanced():
     y = torch.rand(23, 2).double().round()
-    memory = memorise(mlp(2), Examples(INPUTS, y), Bernoulli(), size=6, per_class=True)
+    memory = memorise(mlp(2), Examples(INPUTS, y), Bernoulli(), budget=6, per_class=True)
     scores = identify(mlp(2), Examples(INPUTS, y), Bernoulli())
     assert torch.equal(memory.origin, top_k(scores, 6))
 
@@ -116,7 +116,7 @@ def test_labels_that_are_no_classes_are_not_balanced():
 def test_a_size_beyond_the_data_is_refused():
     message = "a memory of 24 examples was asked for, but the task has 23; pass memory=23 or less"
     with pytest.raises(ValueError, match=message):
-        memorise(mlp(), DATA, Categorical(), size=24)
+        memorise(mlp(), DATA, Categorical(), budget=24)
 
 
 def test_dict_inputs_are_kept_as_dicts():
@@ -129,7 +129,7 @@ def test_dict_inputs_are_kept_as_dicts():
             return self.net(x) * scale
 
     data = Examples({"x": INPUTS, "scale": torch.full((23, 1), 2.0).double()}, LABELS)
-    memory = memorise(Named(), data, Categorical(), size=4, batch_size=6)
+    memory = memorise(Named(), data, Categorical(), budget=4, batch_size=6)
     assert isinstance(memory.inputs, dict)
     assert memory.inputs["x"].shape == (4, 3)
     assert torch.equal(memory.inputs["scale"], torch.full((4, 1), 2.0).double())

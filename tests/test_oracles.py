@@ -154,7 +154,7 @@ def test_fromp_of_a_linear_model_with_a_spanning_memory_is_the_weight_space_quad
     prior = lifelong.fromp(
         likelihood, memory=features, strength=1.0, prior_precision=delta, jitter=1e-14
     )
-    x = lifelong.memorise(model, data, likelihood, size=features).inputs
+    x = lifelong.memorise(model, data, likelihood, budget=features).inputs
     if float(torch.linalg.cond(x)) > 100:  # type: ignore[arg-type]
         return
     prior = prior.update(model, data)

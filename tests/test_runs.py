@@ -18,6 +18,7 @@ from torch import nn
 
 from lifelong import runs
 from lifelong.benchmarks import BENCHMARKS, benchmark, make_optimizer, make_scheduler, mlp
+from lifelong.budget import Bytes, parse
 from lifelong.config import (
     BenchmarkName,
     Experiment,
@@ -119,6 +120,23 @@ def test_separate_networks_count_as_memory() -> None:
     network = plan.benchmark.make_model(plan.stream.num_outputs)
     size = sum(p.numel() * p.element_size() for p in network.parameters())
     assert summary["memory_bytes"] == len(plan.stream) * size
+
+
+def test_memory_takes_bytes_and_a_fidelity(tmp_path: Path) -> None:
+    def arguments(**changes: Any) -> Any:
+        return runs.prepare(tiny(**changes)).arguments["memory"]
+
+    assert arguments(prior="kprior", memory="20MB") == "20MB"
+    assert arguments(prior="kprior", memory="fidelity:0.9") == "fidelity:0.9"
+    assert parse(arguments(prior="der", memory="1kB")) == Bytes(2000)  # of two tasks
+    with pytest.raises(UsageError, match="a fidelity is of one task's"):
+        arguments(prior="der", memory="fidelity:0.9")
+    with pytest.raises(UsageError, match="'much' is no budget"):
+        tiny(memory="much")
+    config = tiny(prior="kprior", memory="fidelity:0.5")
+    summary = run(tmp_path / "x", config)
+    assert runs.load_config(tmp_path / "x") == config
+    assert 0 < summary["memory_examples"] < 400
 
 
 def test_one_memory_for_all_tasks_gets_the_same_budget() -> None:

@@ -406,6 +406,18 @@ def test_a_kernel_is_marginalised_over_what_leaves_it(store: MemoryStore) -> Non
     fewer(nn.Linear(3, 4)).backward()
 
 
+def test_compacting_takes_dropped_items_out_of_a_kernels_file(store: MemoryStore) -> None:
+    store.save_prior(PRIORS["fromp"])
+    store.drop([2])
+    before = store.load_prior().state_dict()
+    sizes = [p.stat().st_size for p in Path(store.path).glob("prior-*")]
+    store.compact()
+    (smaller,) = [p.stat().st_size for p in Path(store.path).glob("prior-*")]
+    assert [smaller] < sizes
+    assert same(store.load_prior().state_dict(), before)
+    assert store.verify().findings == ()
+
+
 def test_marginals_are_exact_and_empty_blocks_go() -> None:
     g = torch.Generator().manual_seed(0)
     a = torch.randn(2, 5, 5, generator=g, dtype=torch.float64)

@@ -30,8 +30,8 @@ from lifelong.errors import (
 )
 from lifelong.store import Where, open_store
 from lifelong.store import sqlite as of_sqlite
+from lifelong.store.database import DATABASE, GUARD
 from lifelong.store.files import overwrite
-from lifelong.store.sqlite import DATABASE, GUARD
 
 LOG = f"{DATABASE}-wal"
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget import Bytes, Fidelity
     from .curvature import (
         BlockDiagonal,
         Dense,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         NotConvergedError,
         NotRepeatableError,
         StaleAnchorError,
+        StoreError,
     )
     from .function_space import function_covariance, function_kernel
     from .kernel_methods import Hinge, KernelMachine, KernelPrior
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
+    from .reconstruction import FidelityReport, Trail, fidelity, fidelity_curve, rehearse
     from .refit import Refit
     from .scores import identify
     from .sensitivity import (
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
         sensitivities,
         variance_from_optimizer,
     )
+    from .store import MemoryStore, open_store
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
     from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -88,12 +92,15 @@ __all__ = [
     "AccuracyMatrix",
     "Bernoulli",
     "BlockDiagonal",
+    "Bytes",
     "Categorical",
     "CheckpointError",
     "Dense",
     "Diagonal",
     "EigenKronecker",
     "Examples",
+    "Fidelity",
+    "FidelityReport",
     "Gaussian",
     "GaussianProcess",
     "Hinge",
@@ -106,6 +113,7 @@ __all__ = [
     "Logit",
     "LowRank",
     "Memory",
+    "MemoryStore",
     "MemoryTerm",
     "NonFiniteError",
     "NotConvergedError",
@@ -119,8 +127,10 @@ __all__ = [
     "Regulariser",
     "SensitivityTrace",
     "StaleAnchorError",
+    "StoreError",
     "Task",
     "TaskStream",
+    "Trail",
     "Vadam",
     "WeightTerm",
     "block_curvature",
@@ -135,6 +145,8 @@ __all__ = [
     "evaluating",
     "ewc",
     "experience_replay",
+    "fidelity",
+    "fidelity_curve",
     "finetune",
     "fromp",
     "function_covariance",
@@ -153,8 +165,10 @@ __all__ = [
     "memorise",
     "online_ewc",
     "online_laplace",
+    "open_store",
     "permuted",
     "pseudo_data",
+    "rehearse",
     "rotated",
     "sensitivities",
     "separate",
@@ -168,6 +182,10 @@ __all__ = [
 # The names are imported when they are first used (PEP 562), so that the command line can show its
 # help without torch, which takes seconds.
 _MODULES = {
+    "budget": (
+        "Bytes",
+        "Fidelity",
+    ),
     "curvature": (
         "BlockDiagonal",
         "Dense",
@@ -184,22 +202,50 @@ _MODULES = {
         "low_rank_curvature",
     ),
     "data": ("Examples",),
-    "divergences": ("KL", "Logit"),
-    "dnn2gp": ("GaussianProcess", "pseudo_data"),
+    "divergences": (
+        "KL",
+        "Logit",
+    ),
+    "dnn2gp": (
+        "GaussianProcess",
+        "pseudo_data",
+    ),
     "errors": (
         "CheckpointError",
         "NonFiniteError",
         "NotConvergedError",
         "NotRepeatableError",
         "StaleAnchorError",
+        "StoreError",
     ),
-    "function_space": ("function_covariance", "function_kernel"),
-    "kernel_methods": ("Hinge", "KernelMachine", "KernelPrior"),
+    "function_space": (
+        "function_covariance",
+        "function_kernel",
+    ),
+    "kernel_methods": (
+        "Hinge",
+        "KernelMachine",
+        "KernelPrior",
+    ),
     "learner": ("Learner",),
-    "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
-    "memory": ("Memory", "memorise"),
-    "metrics": ("AccuracyMatrix", "evaluate"),
-    "models": ("evaluating", "widen"),
+    "likelihoods": (
+        "Bernoulli",
+        "Categorical",
+        "Gaussian",
+        "Poisson",
+    ),
+    "memory": (
+        "Memory",
+        "memorise",
+    ),
+    "metrics": (
+        "AccuracyMatrix",
+        "evaluate",
+    ),
+    "models": (
+        "evaluating",
+        "widen",
+    ),
     "path": ("PathIntegral",),
     "posterior": ("Posterior",),
     "presets": (
@@ -222,7 +268,14 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
-    "refit": ("Refit",),  # the function has the name of its module: lifelong.refit.refit
+    "reconstruction": (
+        "FidelityReport",
+        "Trail",
+        "fidelity",
+        "fidelity_curve",
+        "rehearse",
+    ),
+    "refit": ("Refit",),
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",
@@ -230,6 +283,10 @@ _MODULES = {
         "loo_nll",
         "sensitivities",
         "variance_from_optimizer",
+    ),
+    "store": (
+        "MemoryStore",
+        "open_store",
     ),
     "streams": (
         "Task",
@@ -240,8 +297,19 @@ _MODULES = {
         "rotated",
         "split_by_class",
     ),
-    "terms": ("KernelTerm", "MemoryTerm", "Regulariser", "WeightTerm"),
-    "variational": ("IVON", "VOGN", "VON", "Vadam", "gaussian_posterior"),
+    "terms": (
+        "KernelTerm",
+        "MemoryTerm",
+        "Regulariser",
+        "WeightTerm",
+    ),
+    "variational": (
+        "IVON",
+        "VOGN",
+        "VON",
+        "Vadam",
+        "gaussian_posterior",
+    ),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
 

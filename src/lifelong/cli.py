@@ -244,4 +244,4 @@ def _demo(args: list[str]) -> int:
 def _adapt(args: list[str]) -> int:
     from .commands import adapt
 
-    return adapt.main(args, _parse)
+    return adapt.main(args, parse)

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from . import budget
+
 BenchmarkName = Literal["split-digits", "split-mnist", "permuted-mnist", "fromp-toy", "two-moons"]
 PresetName = Literal[
     "finetune",
@@ -114,6 +116,19 @@ def _default(text: str) -> Any:
 
 
 _BENCHMARKS = _default("the benchmark's")
+
+
+def _budget() -> Any:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|BYTES|fidelity:F",
+        instance_from_str=lambda values: budget.plain(budget.parse(values[0])),
+        is_instance=lambda value: value is None or isinstance(value, int | str),
+        str_from_instance=lambda value: ["" if value is None else str(value)],
+    )
+
+
+_Budget = Annotated[int | str | None, _budget()]
 _Int = Annotated[int | None, _number(int, "INT", "a whole number")]
 _Float = Annotated[float | None, _number(float, "FLOAT", "a number")]
 _ScenarioFlag = Annotated[Scenario | None, _choice(*get_args(Scenario)), _BENCHMARKS]
@@ -137,9 +152,10 @@ class Experiment:
     scenario: _ScenarioFlag = None
     """task: the class set of each example is told; class: all classes compete; domain: the \
 tasks share their labels."""
-    memory: Annotated[_Int, _BENCHMARKS] = None
-    """Examples to remember of each task. A method with one memory for all tasks (reservoir) gets \
-as many in total: this number times the number of tasks."""
+    memory: Annotated[_Budget, _BENCHMARKS] = None
+    """What to remember of each task: examples (200), bytes (20MB: powers of 1000, 20MiB: of \
+1024), or as few as reach a fidelity (fidelity:0.95). A method with one memory for all tasks \
+(reservoir) gets as much in total: this number times the number of tasks."""
     set: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE"), _default("none")
     ] = ()
@@ -238,7 +254,11 @@ class RunConfig:
             raise UsageError(f"seed must not be negative, got {self.experiment.seed}")
         if self.training.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.training.threads}")
-        if self.experiment.memory is not None and self.experiment.memory < 1:
+        try:
+            memory = budget.parse(self.experiment.memory)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"memory: {error}") from None
+        if memory == 0:
             raise UsageError(
                 f"memory must be at least 1 example, got {self.experiment.memory}; to keep none, "
                 "choose a prior without memory, such as ewc"

@@ -226,7 +226,8 @@ class Learner:
         **options: Any,
     ) -> Refit:
         """Go on with another model: ``Prior.transfer`` (which says what the arguments are), and a
-        refit from the weights that both models have and the new model's own others.
+        refit from the weights that both models have and the new model's own others. Buffers and
+        frozen parameters of equal name and shape are copied, unless ``parameters`` maps names.
 
         ``model`` is the learner's from then on; the old one is left as it is. Raises as
         ``Prior.transfer`` and ``add``; the new model's weights are then as they were, too.
@@ -246,7 +247,17 @@ class Learner:
                     **how,
                 )
                 old = snapshot(_parameters(self.model))
-                model.load_state_dict(followed(old, places.current, places.places), strict=False)
+                start = followed(old, places.current, places.places)
+                if parameters is None:  # what is not trained follows by name, too
+                    start |= {
+                        n: v
+                        for n, v in self.model.state_dict().items()
+                        if n not in old
+                        and n in before
+                        and n not in start
+                        and v.shape == before[n].shape
+                    }
+                model.load_state_dict(start, strict=False)
                 done = refit(model, prior, **options)
                 finish(prior.rebase(model), model)
         except BaseException:

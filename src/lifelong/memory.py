@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import select
+from . import curve, select
+from .budget import Bytes, Fidelity, Given, parse
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
 from .likelihoods import Likelihood
 from .models import Inputs, Params, concat, device_of, evaluating, forward, move, nbytes, rows, take
@@ -233,7 +234,7 @@ def memorise(
     data: Data,
     likelihood: Likelihood,
     *,
-    size: int | None = None,
+    budget: Given | None = None,
     ids: Tensor | None = None,
     score: Score | str = "lambda",
     per_class: bool = True,
@@ -241,21 +242,46 @@ def memorise(
     head: Head | None = None,
     task: int = 0,
     variance: Params | None = None,
+    carry: curve.Carry | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Memory:
-    """Score every example, keep ``size`` of them, in one pass whose memory does not grow.
+    """Score every example, keep some of them, in one pass whose memory does not grow.
 
-    size: how many; None keeps all. ids: keep just these instead of scoring. score: see
+    budget: how many; or "20MB": as many as fit, counted as ``Memory.num_bytes`` counts; or
+    ``Fidelity(0.95)``: as few as reach it, by a second reading (``curve.py``) in which the items
+    and the rest are carried as ``carry`` says, by default items by themselves and the rest not at
+    all; None keeps all. ids: keep just these instead of scoring. score: see
     ``identify``, or "k_centre" (farthest outputs first; holds all outputs, two passes).
     per_class: spread evenly over the classes of integer labels. descending: False keeps the
     lowest scores. The items come back sorted by label and then score, so that ``draw`` spreads
     over the classes.
 
-    Raises ValueError where ``size`` exceeds the number of examples, for ids that are not in the
-    data, and as ``identify`` does.
+    Raises ValueError where a number exceeds that of the examples, bytes hold not one of them, or no
+    memory reaches the fidelity; for ids that are not in the data, and as ``identify`` does.
     """
     head = head_of(data, head)
+    passing = _Pass(model, data, likelihood, head, task, batch_size)
+    size = parse(budget)
+    if ids is None and isinstance(size, Fidelity):
+        probed = curve.probe(
+            model,
+            data,
+            likelihood,
+            carry,
+            score=score,
+            per_class=per_class,
+            descending=descending,
+            head=head,
+            variance=variance,
+            generator=generator,
+            batch_size=batch_size,
+        )
+        return _at(passing, probed.chosen(probed.smallest(size.target)))
+    if isinstance(size, Bytes):
+        size = min(size.items(_bytes_of_one(passing)), num_examples(data))
+    if isinstance(size, Fidelity):  # of ids that were named
+        size = None
     if ids is None and score == "k_centre":
         ids = _k_centre_ids(model, data, size, batch_size)
     if ids is None and size is not None:
@@ -265,7 +291,6 @@ def memorise(
                 f"a memory of {size} examples was asked for, but the task has {available}; "
                 f"pass memory={available} or less"
             )
-    passing = _Pass(model, data, likelihood, head, task, batch_size)
     if ids is not None or size is None:
         return _gather(passing, None if ids is None else torch.as_tensor(ids))
 
@@ -414,6 +439,28 @@ def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
         if len(missing):
             raise ValueError(f"ids {missing[:10].tolist()} are not in the data")
     return found
+
+
+def _at(passing: _Pass, positions: Tensor) -> Memory:
+    """The examples at those positions, sorted by label and then in the order of ``positions``."""
+    parts, start = [], 0
+    for batch, f, _ in passing:
+        n = len(batch.labels)
+        here = positions[(positions >= start) & (positions < start + n)] - start
+        index = here.sort().values.to(batch.labels.device)
+        parts.append(passing.items(batch.rows(index), f[index]))
+        start += n
+    found = parts[0].add(*parts[1:])[positions.argsort().argsort()]
+    if found.labels.ndim == 1 and not found.labels.is_floating_point():
+        found = found[torch.sort(found.labels, stable=True).indices]
+    return found
+
+
+def _bytes_of_one(passing: _Pass) -> int:
+    """What one item takes, with all that it stores."""
+    batch, f, _ = next(iter(passing))
+    one = slice(0, 1)
+    return passing.items(batch.rows(one), f[one]).num_bytes
 
 
 def _k_centre_ids(model: nn.Module, data: Data, size: int | None, batch_size: int) -> Tensor:

@@ -3,6 +3,7 @@ nothing yet; ``prior.update(model, data)`` after each task does the rest.
 
 All strengths are in nats of the past data, so 1 is Bayes' rule wherever a method has a Bayesian
 reading. The published codes mean five different things by lambda; ``docs/units.md`` converts.
+``memory`` is a number of examples, bytes ("20MB") or ``Fidelity(0.95)``, see ``budget.py``.
 Where a preset departs from its released code, its docstring says so and why.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
+from .budget import Given
 from .divergences import KL, Logit
 from .likelihoods import Likelihood
 from .prior import Prior
@@ -117,7 +119,7 @@ def kprior(
     likelihood: Likelihood,
     *,
     precision: float = 1e-2,
-    memory: int | None = 200,
+    memory: Given | None = 200,
     population: bool = False,
     strength: float = 1.0,
     score: str = "lambda",
@@ -184,7 +186,7 @@ def compact_memory(
 def fromp(
     likelihood: Likelihood,
     *,
-    memory: int = 200,
+    memory: Given = 200,
     strength: float | None = None,
     prior_precision: float = 1e-3,
     jitter: float = 1e-6,
@@ -228,7 +230,7 @@ def fromp(
 def gradient_reconstruction(
     likelihood: Likelihood,
     *,
-    memory: int | None = 200,
+    memory: Given | None = 200,
     weight: bool = True,
     function: bool = True,
     replay: float = 0.0,
@@ -298,7 +300,7 @@ def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2
 def experience_replay(
     likelihood: Likelihood,
     *,
-    memory: int = 1000,
+    memory: Given = 1000,
     strength: float = 1.0,
     balanced: bool = False,
     total: bool = True,
@@ -325,7 +327,7 @@ def experience_replay(
 
 
 def der(
-    likelihood: Likelihood, *, memory: int = 1000, alpha: float = 0.1, total: bool = True
+    likelihood: Likelihood, *, memory: Given = 1000, alpha: float = 0.1, total: bool = True
 ) -> Prior:
     r"""Dark experience replay (Buzzega 2020): alpha · (N / M) sum_memory ½ ‖f - f*‖².
 
@@ -340,7 +342,7 @@ def der(
 def derpp(
     likelihood: Likelihood,
     *,
-    memory: int = 1000,
+    memory: Given = 1000,
     alpha: float = 0.1,
     beta: float = 0.5,
     total: bool = True,

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, likelihoods, recall, removal
+from .budget import Fidelity
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .curvature.follow import follow
@@ -351,21 +352,25 @@ class Prior:
             return None
         require_repeatable(data)
         available = num_examples(data)
-        size = recipe.memory
-        if recipe.total and size is not None:
+        size, carry = recipe.memory, None
+        if recipe.total and isinstance(size, int):
             size = min(size, available)
+        if isinstance(size, Fidelity):
+            precision = self.regulariser.precision if self.regulariser is not None else 0.0
+            carry = recipe.carry(precision or 1.0)
         variance = self._score_variance(model, data, head, generator, batch_size)
         items = memorise(
             model,
             data,
             self.likelihood,
-            size=size,
+            budget=size,
             score=recipe.score,
             per_class=recipe.per_class,
             descending=recipe.descending,
             head=head,
             task=self.num_tasks,
             variance=variance,
+            carry=carry,
             generator=generator,
             batch_size=batch_size,
         )

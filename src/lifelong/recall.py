@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compact, select
+from .budget import Bytes
 from .curvature import Curvature, estimate
 from .data import BATCH_SIZE, Data, Head
 from .jacobians import gradient as data_gradient
@@ -104,7 +105,7 @@ def compacted(old: Memory | None, items: Memory | None, recipe: Recipe, over: Pa
     if not parts:
         return Merged(None, None, None)
     start = compact.CompactMemory.of(*parts)
-    size = recipe.memory if recipe.total and recipe.memory is not None else len(start)
+    size = recipe.memory if recipe.total and isinstance(recipe.memory, int) else len(start)
     held = compact.learn(
         over.model,
         over.data,
@@ -130,7 +131,8 @@ def _bounded(
     likelihood: Likelihood,
     generator: torch.Generator | None,
 ) -> tuple[Memory, Memory]:
-    both, size = old.add(items), recipe.memory or 0
+    both = old.add(items)
+    size = _size(both, recipe)
     if len(both) <= size:
         return both, old[:0]
     balanced = recipe.per_class and not both.labels.is_floating_point()
@@ -153,6 +155,13 @@ def _bounded(
     kept = torch.zeros(len(both), dtype=torch.bool, device=both.labels.device)
     kept[chosen] = True
     return both.drop(~kept), old.drop(kept[: len(old)])
+
+
+def _size(memory: Memory, recipe: Recipe) -> int:
+    """How many of these items the recipe's total memory holds, in examples or in bytes."""
+    if isinstance(recipe.memory, Bytes):
+        return recipe.memory.items(memory.num_bytes / len(memory))
+    return recipe.memory if isinstance(recipe.memory, int) else len(memory)
 
 
 def _keys(

@@ -12,6 +12,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from . import divergences
+from .budget import Bytes, Fidelity, Given, parse, plain
+from .curve import Carry
 from .divergences import KL, Divergence
 from .named import known, named, unnamed
 from .scores import ScoreName
@@ -67,7 +69,8 @@ class Recipe:
             "none"        0, and R stays where it is
 
     Memory
-        memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none.
+        memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none. Or bytes,
+            "20MB", which never holds more; or ``Fidelity(0.95)``, as few of each task as reach it.
         score, per_class, descending: which ones (``identify``; also "k_centre").
         population: an item stands for N / M examples, not only for itself; a kernel for N.
         soft, hard: how much an item counts by its soft and by its true label.
@@ -95,7 +98,7 @@ class Recipe:
     exclude_memory: bool = True
     path_damping: float = 0.1
     gradient: Gradient = "stored"
-    memory: int | None = 0
+    memory: Given | None = 0
     total: bool = False
     score: str = "lambda"
     per_class: bool = True
@@ -119,8 +122,9 @@ class Recipe:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if self.memory is not None and self.memory < 0:
-            raise ValueError(f"memory must not be negative, got {self.memory}")
+        object.__setattr__(self, "memory", parse(self.memory))
+        if isinstance(self.memory, Fidelity):
+            self._require_curve()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         for name in ("strength", "soft", "hard", "distil", "jitter"):
@@ -143,7 +147,8 @@ class Recipe:
                 f"compact_iterations must be at least 1, got {self.compact_iterations}"
             )
         others = (self.structure, self.kernel, self.hard or None, self.replay_fraction or None)
-        if self.compact is not None and (not self.memory or any(x is not None for x in others)):
+        wrong = not self.memory or isinstance(self.memory, (Bytes, Fidelity))
+        if self.compact is not None and (wrong or any(x is not None for x in others)):
             raise ValueError(
                 "compact vectors have no true labels and carry all of the curvature: expected a "
                 "memory of at least 1, and no structure, kernel, hard or replay_fraction"
@@ -151,11 +156,43 @@ class Recipe:
 
     @property
     def keeps_memory(self) -> bool:
-        return self.memory is None or self.memory > 0
+        return self.memory != 0
+
+    def carry(self, precision: float = 1.0) -> Carry:
+        """How a task's examples are carried, for the curve of fidelity against memory.
+
+        Raises ValueError where that is no sum over examples: kernels, paths, learned vectors.
+        """
+        if self.kernel or self.structure == "path" or self.compact is not None:
+            raise ValueError(
+                f"the {self.name} prior couples its examples, so that its fidelity is no sum over "
+                "them; give a number of examples, and measure with fidelity(prior, model, data)"
+            )
+        return Carry(
+            soft=self.soft * (1.0 - self.replay_fraction),
+            hard=self.hard * (1.0 - self.replay_fraction) + self.replay_fraction,
+            population=self.population,
+            divergence=self.divergence,
+            structure=self.structure,
+            strength=self.strength,
+            estimator=self.estimator,
+            options={"rank": self.rank} if self.structure == "low_rank" else {},
+            exclude=self.exclude_memory,
+            precision=precision,
+        )
+
+    def _require_curve(self) -> None:
+        if self.total:
+            raise ValueError(
+                "a total memory has a size, in examples or bytes: a fidelity is of one task's "
+                "memory; pass total=False"
+            )
+        self.carry()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
-        return {**asdict(self), "divergence": named(self.divergence)}
+        values = {**asdict(self), "memory": plain(parse(self.memory))}
+        return {**values, "divergence": named(self.divergence)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:

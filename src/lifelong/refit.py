@@ -76,8 +76,9 @@ class Refit:
     of its Hessian (C of them); value-only passes count 0. passes: over all data and memory, of
     gradients and products together. seconds: of wall clock. value: of the objective at the end,
     nats. gradient_norm: ‖gradient‖ there, nats; relative_norm: beside the sum of the norms of its
-    parts (data, regulariser, quadratic, memory), which cancel at a minimum. converged: whether
-    that is within the tolerance, or no step changes the weights any more.
+    parts (data, regulariser, quadratic, memory), which cancel at a minimum, and of the value over
+    1 + ‖weights‖. converged: whether that is within the tolerance, or no step changes the weights
+    any more.
     """
 
     method: str
@@ -188,7 +189,7 @@ def _head(data: Data | None, head: Head | None) -> Head | None:
 
 @dataclass(frozen=True, eq=False)
 class _Point:
-    """Weights (P,), value and gradient there; scale: sum of the norms of the gradient's parts."""
+    """Weights (P,), value and gradient there; scale: what the gradient is to be small beside."""
 
     weights: Tensor
     value: float
@@ -259,6 +260,8 @@ class _Objective:
         for kind in kinds:
             gradient = gradient + kinds[kind]
             scale += float(kinds[kind].norm())
+        # A part that is alone cancels with nothing: the gradient that would undo its value.
+        scale += abs(value) / (1.0 + float(weights.norm()))
         return _Point(weights, value, gradient, scale)
 
     def hessian_product(self, v: Tensor) -> Tensor:
@@ -401,7 +404,28 @@ class _Objective:
 
     def is_affine(self) -> bool:
         f = self.probe()
-        return f is None or _is_affine(f)
+        return f is None or (_is_affine(f) and self._is_straight())
+
+    @torch.no_grad()
+    def _is_straight(self) -> bool:
+        """Whether f(w) - 2 f(w + d) + f(w + 2d) = 0: the graph of f shows no masks and indices that
+        depend on the weights, nor what was detached from them."""
+        before, generator = self.weights(), torch.Generator().manual_seed(0)
+        d = torch.randn(len(before), generator=generator, dtype=torch.float64).to(before)
+        d = d * (1.0 + before.abs())
+        found = []
+        try:
+            for step in range(3):
+                self.move_to(before + step * d)
+                f = self.probe()
+                if f is None:
+                    return True
+                found.append(f.double())
+        finally:
+            self.move_to(before)
+        bend = (found[0] - 2 * found[1] + found[2]).norm()
+        size = sum(float(f.norm()) for f in found)
+        return bool(bend <= torch.finfo(self.dtype).eps ** 0.5 * size)
 
 
 def _is_convex_term(term: Any) -> bool:
@@ -495,10 +519,8 @@ def _descend(objective: _Objective, direction: Direction, steps: int, tolerance:
             f"the objective is {point.value} where the refit begins, or its gradient is not "
             "finite; look at the inputs and at the model's weights. Nothing was changed"
         )
-    scale, lowest, idle = point.scale, math.inf, 0
+    lowest, idle, longest = math.inf, 0, 0.0
     for iteration in range(steps):
-        scale = max(scale, point.scale)
-        point = replace(point, scale=scale)
         if point.relative <= tolerance:
             return _Descent(point, iteration, True)
         # Values that fall by rounding alone, and a gradient that falls no more: the end, too.
@@ -506,16 +528,15 @@ def _descend(objective: _Objective, direction: Direction, steps: int, tolerance:
         idle = 0 if fell or point.norm < 0.99 * lowest else idle + 1
         lowest = min(lowest, point.norm)
         d = direction(point, last)
-        found = _line_search(objective, point, d) if idle < _IDLE else None
+        # No number between here and there: as near as this dtype comes to the minimum.
+        longest = max(longest, float(point.weights.norm()))
+        at_end = float(d.norm()) <= 8 * torch.finfo(objective.dtype).eps * longest
+        found = None if at_end or idle >= _IDLE else _line_search(objective, point, d)
         if found is None:
             objective.move_to(point.weights)
-            # No number between here and there: as near as this dtype comes to the minimum.
-            eps = 8 * torch.finfo(objective.dtype).eps
-            at_end = float(d.norm()) <= eps * float(point.weights.norm())
             rounding = math.sqrt(torch.finfo(objective.dtype).eps)
             return _Descent(point, iteration, at_end or point.relative <= rounding)
         last, point = point, found
-    point = replace(point, scale=max(scale, point.scale))
     return _Descent(point, steps, point.relative <= tolerance)
 
 
@@ -584,6 +605,7 @@ def _newton_direction(objective: _Objective) -> Direction:
 def _cholesky(H: Tensor) -> Tensor:
     """The factor of H, in float64; of a singular one (softmax without a regulariser) with the
     least damping that lets it be factored, which leaves its null space alone."""
+    require_finite(H, "the Hessian of the objective")
     H = 0.5 * (H + H.mT).double()
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     size = max(float(H.diagonal().abs().max()), torch.finfo(H.dtype).tiny)

@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .benchmarks import Benchmark, benchmark, learner_options
+from .budget import Bytes, Fidelity, parse, plain
 from .checkpoint import write
 from .config import RunConfig, Scenario, Training, UsageError, suggestion
 from .errors import CheckpointError
@@ -336,8 +337,19 @@ def _arguments(
         if memory is not None:
             raise UsageError("give --memory or --set memory, not both")
         return arguments
-    memory = chosen.memory if memory is None else memory
-    if arguments.get("total", defaults.get("total", False)):
+    given = parse(chosen.memory if memory is None else memory)
+    total = arguments.get("total", defaults.get("total", False))
+    if total and isinstance(given, Fidelity):
+        raise UsageError(
+            f"{name} has one memory for all tasks, and a fidelity is of one task's; give a number "
+            "or bytes, or --set total=false"
+        )
+    if total and isinstance(given, Bytes):
+        return {**arguments, "memory": plain(Bytes(given.count * len(stream)))}
+    if not isinstance(given, int):
+        return {**arguments, "memory": memory}
+    memory = given
+    if total:
         # One memory for all tasks: the same budget as that many examples of each.
         return {**arguments, "memory": memory * len(stream)}
     smallest = min(stream, key=len)

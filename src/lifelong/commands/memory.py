@@ -280,9 +280,9 @@ def _show(flags: Show) -> int:
         (item,) = found
         outputs, beliefs = _beliefs(store, item, flags.version)
         if flags.image is not None:
-            raw = store.raw(item.item, version=flags.version)
+            raw = store.raw(item.item)
             _write_png(flags.image, raw, item, flags.shape)
-        words = store.raw(item.item, version=flags.version) if item.kind == "text" else None
+        words = store.raw(item.item) if item.kind == "text" else None
         when = next((v.time for v in store.history() if v.number == item.since), None)
     if flags.json:
         found_item = asdict(item) | {"memorised": when, "outputs": outputs, "soft_label": beliefs}

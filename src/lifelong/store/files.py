@@ -44,20 +44,22 @@ def sha256(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def erase(path: Path) -> None:
-    """Overwrite a file's bytes with zeros, flush, and remove it.
+def erase(*paths: Path) -> None:
+    """Overwrite files' bytes with zeros, flush, and remove them.
 
     A file that has other names (hard links) is only removed: the bytes belong to those too.
     """
-    with suppress(FileNotFoundError):
-        if path.lstat().st_nlink == 1:
-            handle = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
-            try:
-                _zero(handle, os.fstat(handle).st_size)
-            finally:
-                os.close(handle)
-        path.unlink()
-        sync(path.parent)
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if path.lstat().st_nlink == 1:
+                handle = os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
+                try:
+                    _zero(handle, os.fstat(handle).st_size)
+                finally:
+                    os.close(handle)
+            path.unlink()
+    for folder in {path.parent for path in paths}:
+        sync(folder)
 
 
 def overwrite(path: Path, data: bytes) -> None:
@@ -91,5 +93,5 @@ def sync(folder: Path) -> None:
 
 def _zero(handle: int, size: int) -> None:
     for start in range(0, size, _PIECE):
-        os.pwrite(handle, bytes(min(_PIECE, size - start)), start)
+        os.write(handle, bytes(min(_PIECE, size - start)))
     os.fsync(handle)

@@ -66,6 +66,7 @@ from .base import (
 )
 from .export import write_export
 from .sqlite import (
+    THUMBNAILS,
     _default_ids,
     _hash,
     _is_reference,
@@ -411,6 +412,7 @@ class LanceStore:
                 changed += map(str, scrub.scrub_folder(run, match))
             if self.folder is not None:
                 changed += map(str, scrub.scrub_folder(self.folder, match))
+                changed += self._remove_thumbnails(self.folder / THUMBNAILS, items)
             priors, influenced = self._forget_in_priors(view, change, set(states))
             touched = {n for life in view.lives if life[1] in items for n in life[2:]}
             messages = self._messages(view)
@@ -475,6 +477,14 @@ class LanceStore:
             self._sync()
             self._view_ = view = self._load()
         return sorted(before - self._listing(view))
+
+    def _remove_thumbnails(self, folder: Path, items: set[int]) -> list[str]:
+        if folder.is_symlink() or not folder.is_dir():
+            return []
+        gone = [p for p in files.walk(folder) if p.stem.isdecimal() and int(p.stem) in items]
+        for path in gone:
+            files.erase(path)
+        return [str(path) for path in gone]
 
     def _listing(self, view: _View) -> set[str]:
         with self._errors():
@@ -950,7 +960,7 @@ class LanceStore:
             return
         for path in sorted(self.folder.rglob("*")):
             top = path.relative_to(self.folder).parts[0]
-            other = path.is_file() and top not in (*_OWN, LOCK)
+            other = path.is_file() and top not in (*_OWN, LOCK, THUMBNAILS)
             if path.is_symlink() or (other and checkpoint.kind_of(path) not in scrub.KINDS):
                 yield path
 
@@ -981,8 +991,8 @@ class _View:
 
     def __init__(self, dataset: Any, salt: bytes) -> None:
         self.dataset, self.salt = dataset, salt
-        self.item: list[int | None] = []
-        self.state: list[int | None] = []
+        self.item: list[Any] = []  # None but for items
+        self.state: list[Any] = []
         self.whole: list[bool] = []
         self.task: list[int] = []
         self.origin: list[int] = []
@@ -1051,10 +1061,11 @@ class _View:
             self.events.append({**event, "commit": commit})
             self.commits.add(commit)
             self.specs, self.next = event["specs"], tuple(event["next"])
-            # Rows that were erased since then are no longer there to die or to come back.
-            for state in self._there(event.get("died", ())):
-                self._open.pop(state)[3] = number
-            again = self._there(event.get("back", ()))
+            # What was erased or given up since then is no longer there to die or to come back.
+            for state in event.get("died", ()):
+                if state in self._open:
+                    self._open.pop(state)[3] = number
+            again = (state for state in event.get("back", ()) if state in self.place)
             back = [(state, self.item[self.place[state]], commit) for state in again]
             for state, item, of in (*came, *back):
                 if of == commit:
@@ -1080,9 +1091,6 @@ class _View:
             raise StoreDamagedError(
                 f"a version of the store cannot be read ({error!r}); restore it from a copy"
             ) from error
-
-    def _there(self, states: Iterable[int]) -> list[int]:
-        return [state for state in states if state in self.place]
 
     @property
     def today(self) -> dict[int, int]:

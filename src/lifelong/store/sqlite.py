@@ -24,17 +24,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import sqlite3
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import quote
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +42,7 @@ from ..errors import (
     ForgottenError,
     StoreBusyError,
     StoreDamagedError,
-    StoreError,
     StoreFullError,
-    StoreReadOnlyError,
     StoreVersionError,
 )
 from ..memory import Memory
@@ -67,359 +62,47 @@ from .base import (
     Which,
     default_id,
 )
+from .database import DATABASE, GUARD, INDICES, TABLES, Database, newest
 from .export import write_export
 
-FORMAT = 1
-APPLICATION = 0x11FE1096  # in the file's header: a store's, and of nobody else
-DATABASE, GUARD = "memory.sqlite", "memory.version"
 THUMBNAILS = "thumbnails"
-_PAGE = 65536
-_CHECKPOINT = 128  # pages in the log after which SQLite writes them into the database
-_CACHE = 65536  # KiB of pages
-_ERASED = bytes(32)  # the digest of a row that was overwritten
-
-# The contents, then what says when they are there. Each row of `state` is what is believed of an
-# item from some version on. Names, numbers and labels are blobs of fixed length, so that zeros
-# take exactly their place.
-_TABLES = {
-    "content": "(id INTEGER PRIMARY KEY, layout INTEGER, digest BLOB, input BLOB)",
-    "state": (
-        "(id INTEGER PRIMARY KEY, item INTEGER, layout INTEGER, tag INTEGER, digest BLOB, "
-        "name BLOB, task BLOB, origin BLOB, head BLOB, soft BLOB, hard BLOB, scores BLOB, "
-        "note BLOB, label BLOB, reference BLOB)"
-    ),
-    "version": "(number INTEGER PRIMARY KEY, time TEXT, kind TEXT, digest BLOB, message BLOB)",
-    "life": "(state INTEGER, item INTEGER, born INTEGER, died INTEGER)",
-    "layout": "(id INTEGER PRIMARY KEY, spec TEXT)",
-    "prior": "(version INTEGER PRIMARY KEY, digest BLOB)",
-    "tombstone": "(hash BLOB PRIMARY KEY, version INTEGER) WITHOUT ROWID",
-    "meta": "(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-}
 _APPENDED = ("content", "state", "version")
-_INDICES = {
-    "state_item": "ON state(item)",
-    "state_tag": "ON state(tag)",
-    "life_item": "ON life(item, state, born, died)",
-    "life_died": "ON life(died)",
-    "life_today": "ON life(item, state) WHERE died IS NULL",
-    "layout_spec": "ON layout(spec)",
-    "prior_digest": "ON prior(digest)",
-    "tombstone_version": "ON tombstone(version)",
-    "meta_value": "ON meta(value)",
-}
+_ERASED = bytes(32)  # the digest of a row that was overwritten
 _WHOLE = (
     "s.layout, s.digest, s.name, s.task, s.origin, s.head, s.soft, s.hard, s.scores, s.note, "
     "s.label, s.reference"
 )
 
 
-class SqliteStore:
+class SqliteStore(Database):
     """A ``MemoryStore`` in a folder. One process writes at a time, others wait; any may read.
 
     One object belongs to one thread; after a fork the child opens its own connection.
     """
 
     def __init__(self, path: str | Path, mode: Mode = "a", *, timeout: float = 30.0) -> None:
-        if mode not in ("r", "a"):
-            raise ValueError(f'mode must be "r" or "a", got {mode!r}')
-        self.folder, self.mode, self.timeout = Path(path), mode, timeout
         self._live: tuple[int, list[int]] | None = None
         self._layouts: dict[Any, Any] = {}
-        self._con: sqlite3.Connection | None = None
-        self._pid = 0
-        self._open()
-
-    # ------------------------------------------------------------------- open
-
-    @property
-    def path(self) -> str:
-        return str(self.folder)
-
-    @property
-    def _database(self) -> Path:
-        return self.folder / DATABASE
+        super().__init__(path, mode, timeout=timeout)
 
     def _open(self) -> None:
-        if self.mode == "a":
-            self._create()
-        elif not self._database.exists() and not (self.folder / GUARD).exists():
-            raise FileNotFoundError(
-                f"there is no store at {self.folder}; open_store(path) makes one"
-            )
-        names = [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", GUARD]
-        there = [files.require_plain(self.folder / name) for name in names]
-        known = self._guard() or 0
-        size = self._database.stat().st_size if there[0] else 0
-        if size == 0:
-            raise StoreDamagedError(
-                f"{self._database} is missing or empty, and the store had {known} versions; "
-                "restore the file from a copy"
-            )
-        with self._errors():
-            # By a connection that cannot write: closing a writer would remove a damaged log.
-            probe = self._connect("ro")
-            try:
-                self._require_ours(probe)
-                self._require_length(probe, size)
-                found = _newest(probe)
-                if found < known:
-                    raise StoreDamagedError(
-                        f"{self._database}-wal is damaged or missing: the database ends with "
-                        f"version {found}, and version {known} was committed. Nothing was "
-                        "changed; put the file back from a copy, or remove memory.version to go "
-                        f"on from version {found}"
-                    )
-                if self.mode == "a":
-                    self._require_rights()
-                self._con = probe if self.mode == "r" else self._connect("rw")
-            finally:
-                if self._con is not probe:
-                    probe.close()
-            self._pid = os.getpid()
-            if self.mode == "a" and self._meta("pending") is not None:
-                with suppress(StoreBusyError):  # a reader is in the way: next time
-                    self._finish()
-
-    def _create(self) -> None:
-        """An empty database where there is none, in one step: whole or not at all."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreReadOnlyError(
-                f"cannot make the folder {self.folder} ({error.strerror}); choose another"
-            ) from error
-        if os.path.lexists(self._database) or (self._guard() or 0) > 0:
-            return
-        temporary = self.folder / f".{DATABASE}.{secrets.token_hex(8)}"
-        with self._errors():
-            try:
-                con = sqlite3.connect(temporary, isolation_level=None)
-                try:
-                    con.execute(f"PRAGMA page_size = {_PAGE}")
-                    con.execute("PRAGMA auto_vacuum = INCREMENTAL")
-                    con.execute("PRAGMA journal_mode = WAL")
-                    con.execute("BEGIN")
-                    con.execute(f"PRAGMA application_id = {APPLICATION}")
-                    con.execute(f"PRAGMA user_version = {FORMAT}")
-                    for name, columns in _TABLES.items():
-                        con.execute(f"CREATE TABLE {name}{columns}")
-                    for name, columns in _INDICES.items():
-                        con.execute(f"CREATE INDEX {name} {columns}")
-                    start = [("salt", secrets.token_bytes(16)), ("item", 1), ("state", 1)]
-                    con.executemany("INSERT INTO meta VALUES (?, ?)", start)
-                    con.execute("COMMIT")
-                finally:
-                    con.close()
-                with suppress(FileExistsError):  # another process was faster: its store is used
-                    os.link(temporary, self._database)
-            finally:
-                for name in ("", "-wal", "-shm", "-journal"):
-                    Path(f"{temporary}{name}").unlink(missing_ok=True)
-        files.sync(self.folder)
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        address = f"file:{quote(str(self._database.absolute()))}?mode={mode}"
-        log = Path(f"{self._database}-wal")
-        unwritable = not os.access(self.folder, os.W_OK)
-        if mode == "ro" and unwritable and not (log.exists() and log.stat().st_size):
-            address += "&immutable=1"  # SQLite could make no -shm there, and nobody writes
-        con = sqlite3.connect(address, uri=True, isolation_level=None, timeout=self.timeout)
-        try:
-            con.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-            for pragma in (
-                "trusted_schema = OFF",
-                "cell_size_check = ON",
-                "temp_store = MEMORY",  # a temporary file would hold contents
-                "synchronous = FULL",
-                "secure_delete = ON",
-                f"cache_size = -{_CACHE}",
-                f"wal_autocheckpoint = {_CHECKPOINT}",
-                f"query_only = {'ON' if mode == 'ro' else 'OFF'}",
-            ):
-                con.execute(f"PRAGMA {pragma}").fetchall()
-        except BaseException:
-            con.close()
-            raise
-        return con
-
-    def _require_ours(self, con: sqlite3.Connection) -> None:
-        """The header and the schema are those of a store: no triggers, no views, nothing else."""
-        ours = con.execute("PRAGMA application_id").fetchone()[0] == APPLICATION
-        version = con.execute("PRAGMA user_version").fetchone()[0]
-        if ours and version > FORMAT:
-            raise StoreVersionError(
-                f"{self._database} has format {version}, and this lifelong reads up to {FORMAT}; "
-                "upgrade lifelong"
-            )
-        rows = con.execute("SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL")
-        found = {(kind, name, str(sql).replace('"', "")) for kind, name, sql in rows}
-        expected = {("table", n, f"CREATE TABLE {n}{c}") for n, c in _TABLES.items()}
-        expected |= {("index", n, f"CREATE INDEX {n} {c}") for n, c in _INDICES.items()}
-        if not ours or version < 1 or found != expected:
-            odd = sorted(f"{kind} {name}" for kind, name, _ in found ^ expected)
-            raise StoreDamagedError(
-                f"{self._database} is not a store of this library, or was changed by another "
-                f"program ({', '.join(odd)[:200] or 'its header'}); choose another folder, or "
-                "restore it from a copy"
-            )
-
-    def _require_rights(self) -> None:
-        """SQLite would open what cannot be written for reading, and fail at the first write."""
-        for path in (self.folder, self._database):
-            if not os.access(path, os.W_OK):
-                raise StoreReadOnlyError(
-                    f"{path} cannot be written; change its permissions, or read it with "
-                    'open_store(path, "r")'
-                )
-
-    def _require_length(self, con: sqlite3.Connection, size: int) -> None:
-        pages = con.execute("PRAGMA page_count").fetchone()[0]
-        log = Path(f"{self._database}-wal")
-        if size < pages * _PAGE and not (log.exists() and log.stat().st_size):
-            raise StoreDamagedError(
-                f"{self._database} is truncated: {size:,} bytes of {pages * _PAGE:,}; restore it "
-                "from a copy"
-            )
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        if self._pid != os.getpid() and self._con is not None:
-            # A connection must not cross a fork, nor be closed there: the parent's locks would go.
-            _OF_PARENTS.append(self._con)
-            self._con = None
-            self._open()
-        if self._con is None:
-            raise StoreError(f"the store at {self.folder} is closed; open_store opens it again")
-        return self._con
-
-    def close(self) -> None:
-        """Give up the files; nothing is lost without it."""
-        if self._con is not None and self._pid == os.getpid():
-            self._con.close()
-        self._con = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"SqliteStore({self.path!r}, mode={self.mode!r})"
-
-    # ------------------------------------------------------------ transactions
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """SQLite's and the system's errors as the library's, with what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
-
-    def _explained(self, error: sqlite3.Error) -> Exception:
-        code = getattr(error, "sqlite_errorcode", None)
-        primary, where = (0 if code is None else code & 0xFF), self._database
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StoreBusyError(
-                f"another process has been writing to {where} for {self.timeout:g} s; nothing was "
-                "changed. Try again, or open_store(path, timeout=...)"
-            )
-        if primary == sqlite3.SQLITE_FULL or code in (
-            sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_TRUNCATE,
-            sqlite3.SQLITE_IOERR_SHMSIZE,
-        ):  # fmt: skip
-            return StoreFullError(
-                f"no room to write {where} ({error}): the disk or a quota is full. Nothing was "
-                "changed; free some space and try again"
-            )
-        if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-            return StoreReadOnlyError(
-                f"{where} or its folder cannot be written ({error}); change its permissions, or "
-                'read it with open_store(path, "r")'
-            )
-        if isinstance(error, sqlite3.ProgrammingError):
-            return error
-        return StoreDamagedError(
-            f"{where} cannot be read ({error}): bytes were changed or lost. Restore it from a "
-            "copy; store.verify() tells what is affected"
-        )
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """One snapshot: everything inside sees the same version."""
-        con = self._db
-        with self._errors():
-            if con.in_transaction:
-                yield con
-                return
-            con.execute("BEGIN")
-            try:
-                yield con
-            finally:
-                con.execute("ROLLBACK")
-
-    @contextmanager
-    def _locked(self) -> Iterator[sqlite3.Connection]:
-        """A transaction of the one writer: all of it, or nothing."""
-        if self.mode != "a":
-            raise StoreReadOnlyError(
-                f"the store at {self.folder} was opened for reading; use open_store(path)"
-            )
-        con = self._db
-        with self._errors():
-            con.execute("BEGIN IMMEDIATE")
-            try:
-                yield con
-                con.execute("COMMIT")
-            except BaseException:
-                if con.in_transaction:
-                    con.execute("ROLLBACK")
-                raise
+        super()._open()
+        if self.mode == "a" and self._meta("pending") is not None:
+            with suppress(StoreBusyError):  # a reader is in the way: next time
+                self._finish()
 
     @contextmanager
     def _writing(self, kind: str, message: str) -> Iterator[tuple[sqlite3.Connection, int]]:
         """A new version: the connection and its number."""
         text = _utf8(message, "the message")
         with self._locked() as con:
-            number = _newest(con) + 1
+            number = newest(con) + 1
             self._remove_orphans(con)
             yield con, number
             now = datetime.now(UTC).isoformat(timespec="seconds")
             row = (number, now, kind, _version_digest(number, now, kind, text), text)
             con.execute("INSERT INTO version VALUES (?, ?, ?, ?, ?)", row)
         self._note(number)
-
-    def _note(self, number: int) -> None:
-        """After the commit, so that the guard is never ahead of what was committed."""
-        text = f"{number} {zlib.crc32(str(number).encode()):08x}\n".ljust(32).encode()
-        flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        # On a full disk the guard stays behind: it then notices less, and nothing is lost.
-        with suppress(OSError):
-            handle = os.open(self.folder / GUARD, flags, 0o644)
-            try:
-                os.pwrite(handle, text, 0)
-            finally:
-                os.close(handle)
-
-    def _guard(self) -> int | None:
-        """The newest version that was noted; None where the file is missing or damaged."""
-        try:
-            number, check = (self.folder / GUARD).read_bytes()[:64].split()
-            return int(number) if int(check, 16) == zlib.crc32(number) else None
-        except (OSError, ValueError):
-            return None
-
-    def _meta(self, key: str) -> Any:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
-
-    @property
-    def _salt(self) -> bytes:
-        salt = self._meta("salt")
-        if not isinstance(salt, bytes):
-            raise StoreDamagedError(f"{self._database} has lost its salt; restore it from a copy")
-        return salt
 
     def _take(self, con: sqlite3.Connection, key: str, n: int) -> int:
         """The first of n numbers that were never used."""
@@ -657,7 +340,8 @@ class SqliteStore:
     def compact(self, *, keep: int = 1) -> int:
         """See ``MemoryStore.compact``. Takes room and time for a copy of what stays.
 
-        Raises ValueError for ``keep`` below 1, StoreBusyError as ``forget``.
+        Raises ValueError for ``keep`` below 1, StoreBusyError as ``forget``, StoreDamagedError
+        where the file of a prior that is kept is.
         """
         if keep < 1:
             raise ValueError(f"at least today's version is kept, got keep={keep}")
@@ -667,17 +351,22 @@ class SqliteStore:
             effective = con.execute("SELECT max(version) FROM prior WHERE version <= ?", (oldest,))
             con.execute("DELETE FROM prior WHERE version < ?", (effective.fetchone()[0] or 0,))
             con.execute("INSERT OR REPLACE INTO meta VALUES ('oldest', ?)", (oldest,))
+            # A kernel in a prior's file has a row for each item, also of those that go now.
+            alive = {row[0] for row in con.execute("SELECT state FROM life")}
+            named = con.execute("SELECT DISTINCT digest FROM prior WHERE digest IS NOT NULL")
+            for (name,) in named.fetchall():
+                self._rewrite_prior(con, name, alive.__contains__)
             kept = {
                 "state": "t.id IN (SELECT state FROM life)",
                 "content": "t.id IN (SELECT item FROM life)",
                 "version": f"t.number >= {oldest}",
             }
             for table in _APPENDED:
-                con.execute(f"CREATE TABLE fresh{_TABLES[table]}")
+                con.execute(f"CREATE TABLE fresh{TABLES[table]}")
                 con.execute(f"INSERT INTO fresh SELECT t.* FROM {table} t WHERE {kept[table]}")
                 con.execute(f"DROP TABLE {table}")
                 con.execute(f"ALTER TABLE fresh RENAME TO {table}")
-            for name, columns in _INDICES.items():
+            for name, columns in INDICES.items():
                 con.execute(f"CREATE INDEX IF NOT EXISTS {name} {columns}")
             con.execute("INSERT OR REPLACE INTO meta VALUES ('pending', 1)")
         with self._errors():
@@ -835,7 +524,7 @@ class SqliteStore:
 
     def _forget_in_priors(self, con: sqlite3.Connection, items: Sequence[int]) -> tuple[int, bool]:
         """How many older priors were given up, and whether today's held some of the items."""
-        now = _prior_of(con, _newest(con))
+        now = _prior_of(con, newest(con))
         gone = con.execute("SELECT DISTINCT digest FROM prior WHERE digest IS NOT ?", (now,))
         older = sum(row[0] is not None for row in gone)
         con.execute("UPDATE prior SET digest = NULL WHERE digest IS NOT ?", (now,))
@@ -843,12 +532,18 @@ class SqliteStore:
             return older, False
         rows = con.execute(f"SELECT id FROM state WHERE item IN {_CHOSEN}", (json.dumps(items),))
         erased = {row[0] for row in rows}
+        return older, self._rewrite_prior(con, now, lambda state: state not in erased)
+
+    def _rewrite_prior(
+        self, con: sqlite3.Connection, name: bytes, keeps: Callable[[int], bool]
+    ) -> bool:
+        """Put a prior without some states in its place; whether it had any of them."""
         held = False
 
         def change(holder: dict[str, Any]) -> dict[str, Any] | None:
             nonlocal held
             refers = holder["memory"]
-            keep = torch.tensor([row not in erased for row in refers["rows"].tolist()]).bool()
+            keep = torch.tensor([keeps(row) for row in refers["rows"].tolist()]).bool()
             if keep.all():
                 return None
             held = True
@@ -859,13 +554,13 @@ class SqliteStore:
             return changed
 
         try:
-            state = scrub.map_memories(self._read_prior(now), change, _is_reference)
+            state = scrub.map_memories(self._read_prior(name), change, _is_reference)
         except FileNotFoundError as error:
             raise StoreDamagedError(f"{error} is missing; restore it from a copy") from error
         if held:
             new = self._write_prior(state)
-            con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, now))
-        return older, held
+            con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, name))
+        return held
 
     def _remove_orphans(self, con: sqlite3.Connection) -> list[str]:
         """Erase priors that no version names, and what a kill left half-written."""
@@ -889,8 +584,7 @@ class SqliteStore:
         if folder.is_symlink() or not folder.is_dir():
             return []
         gone = [p for p in files.walk(folder) if p.stem.isdecimal() and int(p.stem) in items]
-        for path in gone:
-            files.erase(path)
+        files.erase(*gone)
         return [str(path) for path in gone]
 
     # -------------------------------------------------------------------- read
@@ -899,7 +593,7 @@ class SqliteStore:
     def version(self) -> int:
         """The newest version; 0 for an empty store."""
         with self._reading() as con:
-            return _newest(con)
+            return newest(con)
 
     @property
     def num_bytes(self) -> int:
@@ -912,10 +606,10 @@ class SqliteStore:
 
     def _states_of_today(self, con: sqlite3.Connection) -> list[int]:
         """By item's number; read once for each version."""
-        newest = _newest(con)
-        if self._live is None or self._live[0] != newest:
+        now = newest(con)
+        if self._live is None or self._live[0] != now:
             rows = con.execute("SELECT state FROM life WHERE died IS NULL ORDER BY item")
-            self._live = (newest, [row[0] for row in rows])
+            self._live = (now, [row[0] for row in rows])
         return self._live[1]
 
     def memory(
@@ -1104,7 +798,7 @@ class SqliteStore:
         self, con: sqlite3.Connection, columns: str, where: Where | None, version: int | None
     ) -> tuple[str, tuple[Any, ...]]:
         """Items of a version, as SQL and its values; None: of any version that is kept."""
-        today = version is not None and version == _newest(con)
+        today = version is not None and version == newest(con)
         values: list[Any] = [] if today or version is None else [version, version]
         alive = "1" if version is None else "l.died IS NULL" if today else _ALIVE
         parts, where = [alive], where or Where()
@@ -1157,15 +851,15 @@ class SqliteStore:
         return [n for n, spec in rows if str(spec).startswith(f'{{"kind": "{kind}"')]
 
     def _require_version(self, con: sqlite3.Connection, version: int | None) -> int:
-        newest = _newest(con)
+        last = newest(con)
         if version is None:
-            return newest
+            return last
         oldest = self._meta("oldest") or 0
         if type(oldest) is not int:
             raise StoreDamagedError("the oldest version is no number; call store.verify()")
-        if not oldest <= version <= newest:
+        if not oldest <= version <= last:
             raise StoreVersionError(
-                f"there is no version {version}: {oldest} to {newest} are kept; store.history() "
+                f"there is no version {version}: {oldest} to {last} are kept; store.history() "
                 "lists them"
             )
         return version
@@ -1284,7 +978,7 @@ class SqliteStore:
                 except sqlite3.DatabaseError as error:
                     found.append(Finding(DATABASE, f"cannot be read: {error}"))
             with suppress(sqlite3.DatabaseError):
-                number, items = _newest(con), len(self._states_of_today(con))
+                number, items = newest(con), len(self._states_of_today(con))
         own = sum(_is_own(entry.name) for entry in os.scandir(self.folder))
         return Verification(number, items, own, tuple(found))
 
@@ -1347,7 +1041,7 @@ class SqliteStore:
             except StoreDamagedError as error:
                 yield Finding(name, str(error))
         guard = self._guard()
-        if guard is None and _newest(con):
+        if guard is None and newest(con):
             yield Finding(GUARD, "is missing or damaged; the next commit writes it", damage=False)
         for entry in sorted(os.scandir(self.folder), key=lambda e: e.name):
             if _is_prior(entry.name) and entry.name not in names:
@@ -1439,7 +1133,6 @@ class _Today:
         return known.pop() if known else None
 
 
-_OF_PARENTS: list[sqlite3.Connection] = []  # never closed in a child
 _BETWEEN = re.compile(rb"[\s,;()\[\]{}<>'\"]+")  # words of a message
 _ALIVE = "l.born <= ? AND (l.died IS NULL OR l.died > ?)"
 _CHOSEN = "(SELECT value FROM json_each(?))"
@@ -1447,10 +1140,6 @@ _CHOSEN = "(SELECT value FROM json_each(?))"
 
 def _alive(columns: str, version: int) -> tuple[str, tuple[int, int]]:
     return f"SELECT {columns} FROM life l WHERE {_ALIVE}", (version, version)
-
-
-def _newest(con: sqlite3.Connection) -> int:
-    return con.execute("SELECT max(number) FROM version").fetchone()[0] or 0
 
 
 def _prior_of(con: sqlite3.Connection, version: int) -> bytes | None:
