@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from lifelong.unlearning import (
     distance,
     halves,
     lira,
-    rebase,
     train_shadows,
     unlearn,
 )
@@ -102,9 +102,6 @@ def test_a_failed_unlearning_changes_nothing():
         unlearn(model, after, data[:2], method="guess")  # type: ignore[arg-type]
     with laws.untouched(model), pytest.raises(ValueError, match="none of these examples"):
         unlearn(model, after, ids=torch.tensor([12345]))
-    fromp = lifelong.fromp(case.likelihood, memory=6).update(model, data)
-    with laws.untouched(model), pytest.raises(ValueError, match="cannot be rebased without the da"):
-        rebase(fromp, model)
 
 
 def test_clipping_is_told():
@@ -127,7 +124,7 @@ def test_rebasing_keeps_the_gradient_there(name: str, gradient: Any) -> None:
     after = prior.update(model, data, groups=torch.arange(len(data)) % 2, generator=seeded())
     place = laws.moved(model, by=0.1, seed=4)
     with laws.untouched(place):
-        there = rebase(after, place)
+        there = after.rebase(place)
     if gradient == "stored":
         old, new = (laws.slope(place, p(place)) for p in (after, there))
         assert laws.distance(new, old) < 1e-12
@@ -433,3 +430,38 @@ def test_bad_input():
 def test_shadows_are_values():
     stack = Shadows(make(0), {}, torch.ones(2, 3, dtype=torch.bool))
     assert len(stack) == 2
+
+
+# ------------------------------------------------------------------ the step
+
+
+def test_a_step_is_the_first_order_removal_and_exact_for_linear_gaussian_data():
+    case = cases.linear_gaussian()
+    recipe = Recipe("t", structure="dense", memory=0)
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    model = laws.minimum(model, lambda m: laws.nats(case.likelihood, m, data) + prior(m))
+    after = prior.update(model, data)
+    truth = laws.retrained(case, model, Regulariser(0.5), data[5:])
+    done = unlearn(model, after, data[:5], step=True, method=None)
+    assert done.refit is None
+    assert laws.distance(laws.weights(model), laws.weights(truth)) < 1e-8
+
+
+def test_a_step_needs_a_curvature():
+    case = NETWORKS["mlp Categorical"]
+    model, data = case.make_model(0), case.data[0]
+    after = lifelong.kprior(case.likelihood, memory=6).update(model, data, generator=seeded())
+    with laws.untouched(model), pytest.raises(ValueError, match="a Newton step needs the curvatur"):
+        unlearn(model, after, where=lambda m: m.labels == 1, step=True)
+
+
+def test_the_experiment_runs(tmp_path: Any):
+    from benchmarks import unlearning as benchmark
+
+    config = replace(benchmark.SMOKE, shadows=4, targets=1, steps=(3,))
+    result = benchmark.run(config, None, tmp_path, ("main", "lira"))
+    assert result["chosen"] in benchmark.variants(config)
+    assert {"1 %", "5 %", "class", "lira"} <= result.keys()
+    files = {p.name for p in tmp_path.iterdir()}
+    assert {"config.json", "validation.json", "test.json", "result.json", "lira.json"} <= files

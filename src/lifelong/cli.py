@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
 from .config import (
@@ -39,6 +40,7 @@ commands:
   run     train one method on one benchmark, and keep settings, results and checkpoints
   adapt   change a saved run: add or remove examples, regularise, another network
   memory  look into a memory on disk; drop, restore and forget examples
+  certificate  check a certificate of unlearning, or make a key to sign with
 
 options:
   -h, --help    show this help; after a command, the help of that command
@@ -91,7 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"lifelong {version('lifelong')}\n")
         return 0
-    commands = {"demo": _demo, "run": _run, "adapt": _adapt, "memory": memory}
+    commands = {
+        "demo": _demo,
+        "run": _run,
+        "adapt": _adapt,
+        "memory": memory,
+        "certificate": certificate,
+    }
     name, *rest = args
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)

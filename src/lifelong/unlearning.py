@@ -41,10 +41,9 @@ from .models import (
     snapshot,
 )
 from .prior import Prior
-from .recall import Pass
 from .refit import Method, Refit, refit
 from .removal import OnIndefinite, Removal
-from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+from .terms import Regulariser
 
 # --- unlearn --------------------------------------------------------------------------------------
 
@@ -97,7 +96,7 @@ def unlearn(
     retained: data to refit on in place of what memory and quadratic say of the past: slower,
     exact where convex.
 
-    The returned prior is ``rebase``d to the new weights, so that the old ones, which knew the
+    The returned prior is rebased to the new weights, so that the old ones, which knew the
     examples, are in it no longer. Raises as ``Prior.forget`` and ``refit``, and ValueError for a
     step without curvature or precision; the model is then as it was. A clipped curvature is told
     in ``removal.clipped``, without a warning.
@@ -138,7 +137,7 @@ def unlearn(
                 generator=generator,
                 batch_size=batch_size,
             )
-        after = rebase(left, model, batch_size=batch_size)
+        after = left.rebase(model, batch_size=batch_size)
     except BaseException:
         with torch.no_grad():
             for name, p in parameters(model).items():
@@ -167,47 +166,6 @@ def _step(model: nn.Module, prior: Prior) -> None:
         for name, p in params.items():
             require_finite(d[name], f"the step of {name}")
             p -= d[name].to(p.dtype)
-
-
-def rebase(prior: Prior, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Prior:
-    r"""The same past with the model's present weights as the anchor; reads no data.
-
-    g <- g + G d + the memory's own slope here, less what it goes on carrying; G stays; soft labels
-    are asked for again; the shares of groups follow. The gradient of the prior at these weights is
-    what it was; away from them it is the same too where g, G and memory were exact.
-
-    Raises ValueError for kernels, which couple beliefs at the old anchor, and StaleAnchorError
-    where the prior was made for other parameters.
-    """
-    if any(isinstance(t, KernelTerm) for t in prior.terms):
-        raise ValueError(
-            "a prior with kernels holds beliefs and their covariance at one anchor, and cannot be "
-            "rebased without the data; call prior.update(model, data)"
-        )
-    prior._require_anchor(model)
-    memory = prior.memory
-    if memory is not None and prior.recipe.refresh:
-        memory = memory.refresh(model, batch_size)
-    terms: list[Any] = [t for t in prior.terms if isinstance(t, Regulariser)]
-    weights = [t for t in prior.terms if isinstance(t, WeightTerm)]
-    if weights:
-        params = snapshot(parameters(model))
-        over = Pass(model, (), prior.likelihood, batch_size=batch_size)
-        carried = replace(prior.recipe, gradient="carried")
-        g = None
-        if prior.recipe.gradient != "none":
-            with evaluating(model):
-                g = recall.gradient(prior.terms, carried, over, held=memory)
-        groups = None
-        for t in weights:
-            if t.groups is not None:
-                d = {n: params[n] - a for n, a in t.anchor.items()}
-                moved = t.groups.mapped(lambda share, d=d: share.rebased(d))
-                groups = moved if groups is None else groups + moved
-        terms.append(WeightTerm(params, g, recall.total_curvature(prior.terms), groups))
-    if memory is not None:
-        terms.append(MemoryTerm(memory, prior.recipe.divergence))
-    return replace(prior, terms=tuple(terms))
 
 
 # --- membership inference -------------------------------------------------------------------------
