@@ -139,7 +139,7 @@ def measure(
 
 
 def summary(setting: Setting, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean accuracies in per cent by strength, the best of the grid, and how far auto is from it."""
+    """Mean accuracies in per cent by strength, the grid's best, and how far auto is from it."""
     means: dict[str, list[float]] = {}
     for key, _, _ in cells(setting):
         means.setdefault(key.split("/")[0], []).append(100 * found[key]["accuracy"])
