@@ -564,9 +564,10 @@ class Prior:
         where the task is not told, so that no more leaves G than went in."""
         if self.recipe.strength != "auto":
             return self.recipe
-        known = task is not None and 0 <= task < len(self.strengths)
-        found = self.strengths[task] if known else min(self.strengths, default=1.0)
-        return replace(self.recipe, strength=found)
+        found = self.strengths
+        if task is not None and 0 <= task < len(found):
+            return replace(self.recipe, strength=found[task])
+        return replace(self.recipe, strength=min(found, default=1.0))
 
     def transfer(
         self,
