@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lifelong
-from lifelong import Categorical, Examples, Poisson, Prior, Regulariser
+from lifelong import Categorical, Examples, Poisson, Prior, Regulariser, runs
 from lifelong.config import RunConfig
 from lifelong.curvature import estimate
 from lifelong.memory import memorise
@@ -327,7 +327,7 @@ def test_where_it_means_nothing_it_is_refused(make: Any) -> None:
         make()
 
 
-def test_the_command_line_and_config_files_take_it(tmp_path: Path) -> None:
+def test_settings_of_runs_and_config_files_take_it() -> None:
     values = {
         "benchmark": "two-moons",
         "prior": "online_ewc",
@@ -338,6 +338,9 @@ def test_the_command_line_and_config_files_take_it(tmp_path: Path) -> None:
     assert config.settings == {"strength": "auto"}
     assert 'strength = "auto"' in config.to_toml()
     assert RunConfig.from_dict(config.to_dict()) == config
+    plan = runs.prepare(config)
+    assert plan.arguments["strength"] == "auto"
+    assert len(runs.execute(plan)["accuracy"]) > 0
 
 
 def test_the_benchmark_runs_goes_on_and_sums_up(
