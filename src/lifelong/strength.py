@@ -45,7 +45,7 @@ from torch.func import functional_call
 
 from .curvature import Curvature
 from .data import BATCH_SIZE, Data, Head
-from .jacobians import checked, gradient, weighted_batches
+from .jacobians import checked, differentiating, gradient, weighted_batches
 from .likelihoods import Likelihood
 from .models import Inputs, Params, evaluating, logits, parameters, snapshot
 from .terms import MemoryTerm, Regulariser
@@ -128,7 +128,7 @@ def rehearse(
     size = min(len(items), max(_SMALLEST, int(stands_for / STEPS)))
     moving = {n: start[n].clone().requires_grad_() for n in theta}
     adam = torch.optim.Adam(list(moving.values()), lr=RATE * length)
-    with torch.enable_grad():
+    with differentiating(model):
         for _ in range(STEPS):
             drawn = memory.draw(size if size < len(items) else None, generator)
             f = _outputs(model, moving, drawn.inputs)
