@@ -1,0 +1,573 @@
+r"""The four adaptations of K-priors (Khan & Swaroop 2021), by the library's own ``Prior``.
+
+    python -m benchmarks.adaptation --data DIR --out DIR [--sets usps-linear usps-mlp adult ...]
+
+A first model is learned with weight decay, and its prior made: then data come, data go, the
+regulariser changes or the model does (``adaptation_sets.py``). Each method adapts the model from
+its anchor, with a part of the past data as memory; *batch* learns all the changed data from fresh
+weights. Accuracy is that on the test set, and no setting was chosen on it: they are the published
+ones, and those of the convolutional networks were chosen on a part of the training data.
+
+K-prior: memory by h' per class, each item counting once by its soft label; replay: the same items
+by their true labels, and the regulariser. Other lines are named, and say what they change.
+
+What is removed is not known when the memory is made: it is of all data, and forgetting takes the
+removed examples out of it. The released code keeps them in the memory; for a linear model the
+objectives are the same but for the choice of items.
+
+Gradients are examples times backward passes. Adapting is charged for memory, new data and what it
+reads to forget; ``to_batch`` is what had been spent when the test accuracy was first no more than
+0.1 point below what batch ends with, ``settled`` when it was so for good.
+
+Finished cells are kept in ``cells.jsonl``, and the next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifelong import Examples, Prior, Recipe, Regulariser
+from lifelong.memory import memorise
+from lifelong.models import evaluating, parameters
+from lifelong.refit import refit
+from lifelong.runs import versions
+from lifelong.terms import MemoryTerm
+
+from .adaptation_sets import LIKELIHOOD, SETS, Adam, Change, Lbfgs, Newton, Solver
+
+TOLERANCE = 0.001  # of test accuracy: a tenth of a point
+FRESH = 1000  # added to the seed of a model that is learned from scratch
+
+K_PRIOR = Recipe("K-prior", gradient="stationary", score="lambda")
+REPLAY = Recipe("replay", gradient="none", score="lambda", soft=0.0, hard=1.0)
+RANDOM = {"score": "random", "population": True}
+RECIPES: Mapping[str, Recipe] = {
+    "K-prior": K_PRIOR,
+    "replay": REPLAY,
+    "replay, random, N/M": replace(REPLAY, **RANDOM),
+    "K-prior, stored g": replace(K_PRIOR, gradient="stored"),
+    "K-prior, N/M": replace(K_PRIOR, population=True),
+    "K-prior, random": replace(K_PRIOR, score="random"),
+    "K-prior, random, N/M": replace(K_PRIOR, **RANDOM),
+    "K-prior, random, N/M, stored g": replace(K_PRIOR, **RANDOM, gradient="stored"),
+    "K-prior, G of the rest": replace(K_PRIOR, structure="diagonal"),
+    "K-prior, G of the rest, stored g": replace(K_PRIOR, structure="diagonal", gradient="stored"),
+}
+AS_PUBLISHED = "K-prior, removed kept in memory"  # soft - hard at the moving weights
+
+SLIPS = {
+    "regulariser mutated in the loop": "precisions are values of a frozen Change, read afresh by "
+    "every cell; the regulariser is a term of its own that Prior.replace swaps",
+    "batch line": "batch is trained from fresh weights on the changed problem for each seed, not "
+    "replay of everything in the first run",
+    "hidden penalty": "the solver sees all of the objective, nll + prior in nats, as one value",
+    "loss value ignored by L-BFGS": "the solvers search along the line on the whole objective",
+    "stopped early": "convex problems are solved to a gradient near 0, not for 1000 fixed steps",
+    "truncated class": "the places that a short class leaves go to the best of the other, and the "
+    "count stays an int (select.per_class)",
+    "soft labels not detached": "the memory holds tensors without a graph",
+    "model surgery by counts": "Prior.transfer follows parameters by name and leading block",
+    "binary only": "any likelihood; the convolutional networks have ten classes",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings but those of the sets; the smoke setting of a test is another one of these."""
+
+    sets: tuple[str, ...] = ("usps-linear", "adult", "usps-mlp", "mnist-cnn", "cifar-cnn")
+    seeds: tuple[int, ...] = (43, 44, 45)
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1, 0.07, 0.05, 0.02)
+    small: tuple[float, ...] = (0.1, 0.07, 0.05, 0.02)  # of the other lines
+    traced: float = 0.05  # the memory at which gradients are counted
+
+
+SMOKE = Config(
+    sets=("digits-linear", "digits-mlp", "digits-cnn"),
+    seeds=(43,),
+    fractions=(0.2,),
+    small=(0.2,),
+    traced=0.2,
+)
+
+
+# --- solving --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """Test accuracy after so many gradients; ``spent``: before the first step, and then in all."""
+
+    accuracy_of: Callable[[nn.Module], float] | None = None
+    spent: int = 0
+    gradients: list[int] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+
+    def look(self, model: nn.Module, spent: int | None = None) -> None:
+        if self.accuracy_of is not None:
+            self.gradients.append(self.spent if spent is None else spent)
+            self.accuracy.append(self.accuracy_of(model))
+
+    def first(self, target: float) -> int | None:
+        """Gradients until the accuracy is at least ``target``."""
+        reached = zip(self.gradients, self.accuracy, strict=True)
+        return next((g for g, a in reached if a >= target), None)
+
+    def settled(self, target: float) -> int | None:
+        """Gradients until the accuracy is at least ``target`` from there on."""
+        below = [i for i, a in enumerate(self.accuracy) if a < target]
+        after = below[-1] + 1 if below else 0
+        return self.gradients[after] if after < len(self.gradients) else None
+
+
+def solve(
+    model: nn.Module,
+    prior: Prior,
+    data: Examples | None,
+    solver: Solver,
+    trace: Trace,
+    seed: int = 0,
+) -> None:
+    """Minimise nll(data) + prior from the model's weights, in place."""
+    if isinstance(solver, Newton):
+        _newton(model, prior, data, solver, trace)
+    elif isinstance(solver, Lbfgs):
+        _lbfgs(model, prior, data, solver, trace)
+    else:
+        _adam(model, prior, data, solver, trace, torch.Generator().manual_seed(seed))
+    trace.look(model)
+
+
+def _newton(
+    model: nn.Module, prior: Prior, data: Examples | None, solver: Newton, trace: Trace
+) -> None:
+    """``lifelong.refit``. It tells nothing on its way: a trace stops it after 1, 2, ... steps."""
+    start = copy.deepcopy(model.state_dict())
+    trace.look(model)
+    steps = range(1, solver.iterations) if trace.accuracy_of is not None else ()
+    for count in (*steps, solver.iterations):
+        model.load_state_dict(start)
+        found = refit(model, prior, data, method="newton", max_iterations=count)
+        if found.converged or count == solver.iterations:
+            trace.spent += found.gradients
+            return
+        trace.look(model, trace.spent + found.gradients)
+
+
+def _lbfgs(
+    model: nn.Module, prior: Prior, data: Examples | None, solver: Lbfgs, trace: Trace
+) -> None:
+    optimizer = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=solver.iterations,
+        max_eval=2 * solver.iterations,
+        history_size=solver.history,
+        tolerance_grad=solver.tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+    each = size_of(prior, data)
+
+    def closure() -> Tensor:
+        trace.look(model)
+        optimizer.zero_grad()
+        loss = value(model, prior, data) / each
+        loss.backward()
+        trace.spent += each
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def _adam(
+    model: nn.Module,
+    prior: Prior,
+    data: Examples | None,
+    solver: Adam,
+    trace: Trace,
+    generator: torch.Generator,
+) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=solver.lr)
+    each, remembered = size_of(prior, data), len(prior.memory or ())
+    order = iter(())
+    for step in range(solver.steps):
+        if step < 20 or step % solver.look == 0:
+            trace.look(model)
+        optimizer.zero_grad()
+        if solver.batch is None:
+            loss = value(model, prior, data) / each
+            trace.spent += each
+        else:
+            past = prior(model, batch_size=solver.batch, generator=generator)
+            trace.spent += min(solver.batch, remembered)
+            if data is not None:
+                index = next(order, None)
+                if index is None:
+                    order = iter(torch.randperm(len(data), generator=generator).split(solver.batch))
+                    index = next(order)
+                past = past + value(model, None, data[index]) * (len(data) / len(index))
+                trace.spent += len(index)
+            loss = past / each
+        loss.backward()
+        optimizer.step()
+
+
+def value(model: nn.Module, prior: Prior | None, data: Examples | None) -> Tensor:
+    """nll(data) + prior, nats."""
+    parts = [] if prior is None else [prior(model)]
+    if data is not None:
+        parts.append(LIKELIHOOD.nll(model(data.inputs), data.labels).sum())
+    return torch.stack(parts).sum()
+
+
+def size_of(prior: Prior, data: Examples | None) -> int:
+    """Examples that one evaluation of the gradient backpropagates."""
+    return len(prior.memory or ()) + (0 if data is None else len(data))
+
+
+# --- the cells ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model. fraction: of the past data in memory, None without one."""
+
+    set: str
+    change: str
+    method: str
+    fraction: float | None
+    solver: str
+    seed: int
+
+
+def cells(name: str, change: Change, kind: str, config: Config, seed: int) -> list[Cell]:
+    """What is to be done for one change; batch first, since the others are measured by it."""
+    chosen = SETS[name]
+    fractions = chosen.fractions or config.fractions
+    small = [f for f in fractions if f in config.small]
+    first, *others = chosen.solvers
+
+    def cell(method: str, fraction: float | None = None, solver: str = first) -> Cell:
+        return Cell(name, kind, method, fraction, solver, seed)
+
+    found = [cell("batch"), cell("anchor")]
+    started = change.new_model is None or change.shared
+    if started:
+        found.append(cell("warm"))
+    for fraction in fractions:
+        # Replay of everything is the objective of batch.
+        found += [cell(m, fraction) for m in ("K-prior", "replay") if fraction < 1 or m != "replay"]
+    for method in chosen.others:
+        no_anchor = not started and ("stored" in method or "G of" in method)
+        if not no_anchor:
+            found += [cell(method, fraction) for fraction in small]
+    if kind == "remove" and chosen.keeps_removed:
+        found += [cell(AS_PUBLISHED, fraction) for fraction in small]
+    for solver in others:
+        found += [cell("batch", solver=solver)]
+        found += [cell("warm", solver=solver)] if started else []
+        found += [cell("K-prior", config.traced, solver)]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One change at one seed, with the first model learned."""
+
+    change: Change
+    base: nn.Module
+    seed: int
+    removed: Tensor | None  # ids
+    after: Examples
+
+    def accuracy(self, model: nn.Module) -> float:
+        test = self.change.test
+        with torch.no_grad(), evaluating(model):
+            return float((model(test.inputs).argmax(1) == test.labels).double().mean())
+
+    def fresh(self) -> nn.Module:
+        """The changed model, with random weights."""
+        return _built(self.change.new_model or self.change.model, self.seed + FRESH, self.change)
+
+    def start(self) -> nn.Module:
+        """The changed model at the anchor, where it shares the anchor's coordinates."""
+        if self.change.new_model is None:
+            return copy.deepcopy(self.base)
+        model = self.fresh()
+        if self.change.shared:
+            old = parameters(self.base)
+            with torch.no_grad():
+                for n, p in parameters(model).items():
+                    p.copy_(old[n][tuple(slice(0, size) for size in p.shape)])
+        return model
+
+
+def begin(change: Change, solver: Solver, seed: int) -> Task:
+    base = _built(change.model, seed, change)
+    prior = Prior(LIKELIHOOD, terms=(Regulariser(change.precision[0]),))
+    solve(base, prior, change.before, _from_scratch(solver), Trace(), seed)
+    removed = None if change.removed is None else change.removed(base, change.before)
+    after = change.before
+    if change.new is not None:
+        after = Examples(
+            torch.cat([after.inputs, change.new.inputs]),  # type: ignore[list-item]
+            torch.cat([after.labels, change.new.labels]),
+        )
+    if removed is not None:
+        after = after[~torch.isin(after.ids, removed)]
+    return Task(change, base, seed, removed, after)
+
+
+def _built(build: Callable[[], nn.Module], seed: int, change: Change) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().to(change.before.inputs.dtype)  # type: ignore[union-attr]
+
+
+def _from_scratch(solver: Solver) -> Solver:
+    """Mini-batches from scratch take as many more steps as the solver says."""
+    return (
+        solver
+        if not isinstance(solver, Adam)
+        else replace(solver, steps=solver.steps * solver.longer)
+    )
+
+
+def train(cell: Cell, task: Task, solver: Solver, trace: Trace) -> nn.Module:
+    """The model of one cell."""
+    change, seed = task.change, task.seed
+    if cell.method == "anchor":
+        model = task.start()
+        trace.look(model)
+        return model
+    if cell.method in ("batch", "warm"):
+        model = task.fresh() if cell.method == "batch" else task.start()
+        prior = Prior(LIKELIHOOD, terms=(Regulariser(change.precision[1]),))
+        solve(model, prior, task.after, _from_scratch(solver), trace, seed)
+        return model
+    model = task.start()
+    prior = remembered(cell, task)
+    if change.new_model is not None:
+        names = None if change.shared else {}
+        prior = prior.transfer(model, parameters=names, allow_unmatched=not change.shared)
+    if task.removed is not None:
+        gone = change.before[torch.isin(change.before.ids, task.removed)]
+        if cell.method == AS_PUBLISHED:
+            items = memorise(task.base, gone, LIKELIHOOD).weighted(1.0, -1.0)
+            left = prior.memory.drop(torch.isin(prior.memory.origin, task.removed))  # type: ignore[union-attr]
+            others = (t for t in prior.terms if not isinstance(t, MemoryTerm))
+            prior = replace(prior, terms=(*others, MemoryTerm(left), MemoryTerm(items)))
+        else:
+            prior = prior.forget(task.base, gone)
+            trace.spent += len(gone) if prior.recipe.gradient != "none" else 0
+    if change.precision[1] != change.precision[0]:
+        prior = prior.replace(regulariser=Regulariser(change.precision[1]))
+    solve(model, prior, change.new, solver, trace, seed)
+    return model
+
+
+def remembered(cell: Cell, task: Task) -> Prior:
+    """The first model's prior, made before anybody knows what will change."""
+    change = task.change
+    recipe = RECIPES["K-prior" if cell.method == AS_PUBLISHED else cell.method]
+    if recipe.structure is not None:
+        recipe = replace(recipe, structure=SETS[cell.set].structure)
+    size = max(2, round(cell.fraction * len(change.before)))  # type: ignore[operator]
+    prior = Prior(LIKELIHOOD, replace(recipe, memory=size), (Regulariser(change.precision[0]),))
+    generator = torch.Generator().manual_seed(task.seed)
+    return prior.update(task.base, change.before, generator=generator)
+
+
+def run(config: Config, data: Path | None, done: dict[Cell, dict], say: Callable) -> Iterator:
+    """(cell, what came out) of all that is not done yet."""
+    for name in config.sets:
+        chosen = SETS[name]
+        for seed in config.seeds:
+            changes = chosen.make(chosen.data, data, chosen.limit, chosen.steps, seed)
+            for kind, change in changes.items():
+                todo = cells(name, change, kind, config, seed)
+                if all(cell in done for cell in todo):
+                    continue
+                start = time.perf_counter()
+                task = begin(change, change.solvers[chosen.solvers[0]], seed)
+                targets = {c.solver: done[c]["accuracy"] for c in todo if c in done
+                           and c.method == "batch"}  # fmt: skip
+                for cell in todo:
+                    if cell in done:
+                        continue
+                    found = measure(cell, task, config, targets)
+                    if cell.method == "batch":
+                        targets[cell.solver] = found["accuracy"]
+                    done[cell] = found
+                    yield cell, found
+                seconds = time.perf_counter() - start
+                say(f"{name}, {kind}, seed {seed}: {seconds:.0f} s")
+
+
+def measure(cell: Cell, task: Task, config: Config, targets: Mapping[str, float]) -> dict[str, Any]:
+    start = time.perf_counter()
+    traced = cell.fraction in (None, config.traced) and cell.method in (
+        "batch", "warm", *RECIPES
+    )  # fmt: skip
+    trace = Trace(task.accuracy if traced else None)
+    model = train(cell, task, task.change.solvers[cell.solver], trace)
+    accuracy = task.accuracy(model)
+    target = targets.get(cell.solver, accuracy) - TOLERANCE
+    return {
+        "accuracy": accuracy,
+        "gradients": trace.spent,
+        "to_batch": trace.first(target) if traced else None,
+        "settled": trace.settled(target) if traced else None,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[Cell, dict]:
+    """The finished cells."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [f.name for f in fields(Cell)]
+    return {Cell(**{n: row[n] for n in names}): {k: v for k, v in row.items() if k not in names}
+            for row in rows}  # fmt: skip
+
+
+def mean(values: list[float]) -> dict[str, Any]:
+    """Mean, standard error and number."""
+    at = torch.tensor(values, dtype=torch.float64)
+    error = float(at.std() / math.sqrt(len(at))) if len(at) > 1 else None
+    return {"mean": float(at.mean()), "standard_error": error, "n": len(values)}
+
+
+def summary(done: Mapping[Cell, dict], config: Config) -> dict[str, Any]:
+    """By set and change: accuracies of each line, gradients, and which bars are met."""
+    result: dict[str, Any] = {}
+    for cell in done:
+        result.setdefault(cell.set, {}).setdefault(cell.change, None)
+    for name, changes in result.items():
+        for kind in changes:
+            of = {c: found for c, found in done.items() if (c.set, c.change) == (name, kind)}
+            changes[kind] = _summary_of(of, SETS[name].solvers, config)
+    return result
+
+
+def _summary_of(
+    of: Mapping[Cell, dict], solvers: tuple[str, ...], config: Config
+) -> dict[str, Any]:
+    accuracy: dict[str, dict[str, list[float]]] = {}
+    for cell, found in of.items():
+        if cell.solver == solvers[0]:
+            line = accuracy.setdefault(cell.method, {})
+            line.setdefault(_written(cell.fraction), []).append(found["accuracy"])
+    lines = {
+        method: {fraction: mean(values) for fraction, values in line.items()}
+        for method, line in accuracy.items()
+    }
+    gradients: dict[str, Any] = {}
+    for solver in solvers:
+        for method in ("batch", "warm", *RECIPES, AS_PUBLISHED):
+            found = [
+                (cell.seed, f)
+                for cell, f in of.items()
+                if (cell.method, cell.solver) == (method, solver)
+                and cell.fraction in (None, config.traced)
+            ]
+            if found:
+                gradients.setdefault(solver, {})[method] = {
+                    key: [f[key] for _, f in sorted(found, key=lambda pair: pair[0])]
+                    for key in ("to_batch", "settled", "gradients", "accuracy")
+                }
+    return {"accuracy": lines, "gradients": gradients, "bars": bars(lines, gradients, config)}
+
+
+def bars(lines: Mapping[str, Any], gradients: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What must hold: points below batch at the traced memory, and replay above or below."""
+    at = _written(config.traced)
+    batch = lines["batch"][_written(None)]["mean"]
+    found: dict[str, Any] = {
+        f"{method}: points below batch at {at}": 100 * (batch - line[at]["mean"])
+        for method, line in lines.items()
+        if at in line
+    }
+    ours, replay = lines.get("K-prior", {}), lines.get("replay", {})
+    for fraction in ours.keys() & replay.keys():
+        if float(fraction) <= 0.1:
+            gap = ours[fraction]["mean"] - replay[fraction]["mean"]
+            found[f"K-prior: points above replay at {fraction}"] = 100 * gap
+    for solver, table in gradients.items():
+        for method in table.keys() & {"K-prior", "warm"}:
+            for key in ("to_batch", "settled", "gradients"):
+                found[f"{method}, {solver}: {key} / batch's"] = _ratio(table, method, key)
+    return dict(sorted(found.items()))
+
+
+def _ratio(table: Mapping[str, Any], method: str, key: str) -> float | None:
+    """Of the sums over the seeds; None where some seed never got there."""
+    ours, theirs = table[method][key], table["batch"][key]
+    return None if None in ours or None in theirs else sum(ours) / max(1, sum(theirs))
+
+
+def _written(fraction: float | None) -> str:
+    return "all" if fraction is None else f"{fraction:g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with usps-train.parquet and the others")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", help=f"of {', '.join(SETS)}; default: all published")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--smoke", action="store_true", help="seconds; the numbers mean nothing")
+    options = parser.parse_args(arguments)
+    whole = SMOKE if options.smoke else Config()
+    config = replace(
+        whole,
+        sets=tuple(options.sets or whole.sets),
+        seeds=tuple(options.seeds or whole.seeds),
+    )
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "cells.jsonl"
+    done = load(path)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        with (options.out / "log.txt").open("a") as log:
+            log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {line}\n")
+
+    say(f"begins: {', '.join(config.sets)}; {len(done)} cells are there")
+    with path.open("a") as file:
+        for cell, found in run(config, options.data, done, say):
+            file.write(json.dumps({**asdict(cell), **found}) + "\n")
+            file.flush()
+    settings = {
+        "config": asdict(whole),
+        "sets": {n: {**asdict(SETS[n]), "make": SETS[n].make.__name__} for n in config.sets},
+        "recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()},
+        "slips of the released code, and how they are avoided": SLIPS,
+    }
+    for name, content in (
+        ("config.json", settings),
+        ("versions.json", versions()),
+        ("result.json", summary(done, config)),
+    ):
+        (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
