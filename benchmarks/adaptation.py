@@ -17,7 +17,8 @@ objectives are the same but for the choice of items.
 
 Gradients are examples times backward passes. Adapting is charged for memory, new data and what it
 reads to forget; ``to_batch`` is what had been spent when the test accuracy was first no more than
-0.1 point below what batch ends with, ``settled`` when it was so for good.
+0.1 point below what batch ends with, ``settled`` when it was so for good, and ``near`` when it
+was for good no more than 1 point below.
 
 Finished cells are kept in ``cells.jsonl``, and the next call goes on from there.
 """
@@ -38,8 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifelong import Examples, Prior, Recipe, Regulariser
-from lifelong.memory import memorise
+from lifelong import Examples, Prior, Recipe, Regulariser, identify
+from lifelong.memory import Memory, memorise
 from lifelong.models import evaluating, parameters
 from lifelong.refit import refit
 from lifelong.runs import versions
@@ -48,6 +49,7 @@ from lifelong.terms import MemoryTerm
 from .adaptation_sets import LIKELIHOOD, SETS, Adam, Change, Lbfgs, Newton, Solver
 
 TOLERANCE = 0.001  # of test accuracy: a tenth of a point
+NEAR = 0.01
 FRESH = 1000  # added to the seed of a model that is learned from scratch
 
 K_PRIOR = Recipe("K-prior", gradient="stationary", score="lambda")
@@ -65,7 +67,10 @@ RECIPES: Mapping[str, Recipe] = {
     "K-prior, G of the rest": replace(K_PRIOR, structure="diagonal"),
     "K-prior, G of the rest, stored g": replace(K_PRIOR, structure="diagonal", gradient="stored"),
 }
+SAMPLED = "K-prior, sampled by h', weighted"
 AS_PUBLISHED = "K-prior, removed kept in memory"  # soft - hard at the moving weights
+BETTER = ("K-prior, random, N/M", "K-prior, G of the rest")  # followed with each solver
+LINES = (*RECIPES, SAMPLED, AS_PUBLISHED)
 
 SLIPS = {
     "regulariser mutated in the loop": "precisions are values of a frozen Change, read afresh by "
@@ -273,12 +278,16 @@ def cells(name: str, change: Change, kind: str, config: Config, seed: int) -> li
         no_anchor = not started and ("stored" in method or "G of" in method)
         if not no_anchor:
             found += [cell(method, fraction) for fraction in small]
-    if kind == "remove" and chosen.keeps_removed:
+    if kind == "remove":
         found += [cell(AS_PUBLISHED, fraction) for fraction in small]
     for solver in others:
         found += [cell("batch", solver=solver)]
         found += [cell("warm", solver=solver)] if started else []
-        found += [cell("K-prior", config.traced, solver)]
+        found += [
+            cell(method, config.traced, solver)
+            for method in ("K-prior", *BETTER)
+            if started or "G of" not in method
+        ]
     return found
 
 
@@ -366,9 +375,7 @@ def train(cell: Cell, task: Task, solver: Solver, trace: Trace) -> nn.Module:
         gone = change.before[torch.isin(change.before.ids, task.removed)]
         if cell.method == AS_PUBLISHED:
             items = memorise(task.base, gone, LIKELIHOOD).weighted(1.0, -1.0)
-            left = prior.memory.drop(torch.isin(prior.memory.origin, task.removed))  # type: ignore[union-attr]
-            others = (t for t in prior.terms if not isinstance(t, MemoryTerm))
-            prior = replace(prior, terms=(*others, MemoryTerm(left), MemoryTerm(items)))
+            prior = replace(prior, terms=(*prior.terms, MemoryTerm(items)))
         else:
             prior = prior.forget(task.base, gone)
             trace.spent += len(gone) if prior.recipe.gradient != "none" else 0
@@ -379,15 +386,39 @@ def train(cell: Cell, task: Task, solver: Solver, trace: Trace) -> nn.Module:
 
 
 def remembered(cell: Cell, task: Task) -> Prior:
-    """The first model's prior, made before anybody knows what will change."""
-    change = task.change
-    recipe = RECIPES["K-prior" if cell.method == AS_PUBLISHED else cell.method]
-    if recipe.structure is not None:
+    """The first model's prior, made before anybody knows what will change; but as the released
+    code keeps the removed examples beside its memory, there this is of the others."""
+    change, base = task.change, task.base
+    recipe = RECIPES.get(cell.method, K_PRIOR)
+    if recipe.structure is not None and change.new_model is None:  # poly-2 has too many weights
         recipe = replace(recipe, structure=SETS[cell.set].structure)
     size = max(2, round(cell.fraction * len(change.before)))  # type: ignore[operator]
     prior = Prior(LIKELIHOOD, replace(recipe, memory=size), (Regulariser(change.precision[0]),))
     generator = torch.Generator().manual_seed(task.seed)
-    return prior.update(task.base, change.before, generator=generator)
+    if cell.method == SAMPLED:
+        return prior.recall(base, change.before, sampled(base, change.before, size, generator))
+    if cell.method == AS_PUBLISHED:
+        return prior.update(base, task.after, generator=generator)
+    return prior.update(base, change.before, generator=generator)
+
+
+def sampled(model: nn.Module, data: Examples, size: int, generator: torch.Generator) -> Memory:
+    """``size`` examples, i with probability pi_i, standing for 1 / pi_i: sums over the memory are
+    unbiased. pi_i grows with h' and with its mean: half of the memory is for what h' forgets."""
+    score = identify(model, data, LIKELIHOOD, score="lambda").double()
+    share = score + score.mean()
+    pi = (size * share / share.sum()).clamp(max=1.0)
+    for _ in range(20):  # what those with pi = 1 cannot take goes to the others
+        free = pi < 1
+        pi[free] = pi[free] * (size - (~free).sum()) / pi[free].sum()
+        pi = pi.clamp(max=1.0)
+    order = torch.randperm(len(data), generator=generator)
+    ends = pi[order].cumsum(0)
+    places = torch.arange(size) + torch.rand((), generator=generator, dtype=torch.float64)
+    chosen = order[torch.searchsorted(ends, places.clamp(max=float(ends[-1]) - 1e-9))].unique()
+    items = memorise(model, data, LIKELIHOOD, ids=data.ids[chosen])
+    weight = dict(zip(data.ids.tolist(), (1 / pi).tolist(), strict=True))
+    return items.weighted(torch.tensor([weight[i] for i in items.origin.tolist()]), 0.0)
 
 
 def run(config: Config, data: Path | None, done: dict[Cell, dict], say: Callable) -> Iterator:
@@ -424,12 +455,13 @@ def measure(cell: Cell, task: Task, config: Config, targets: Mapping[str, float]
     trace = Trace(task.accuracy if traced else None)
     model = train(cell, task, task.change.solvers[cell.solver], trace)
     accuracy = task.accuracy(model)
-    target = targets.get(cell.solver, accuracy) - TOLERANCE
+    batch = targets.get(cell.solver, accuracy)
     return {
         "accuracy": accuracy,
         "gradients": trace.spent,
-        "to_batch": trace.first(target) if traced else None,
-        "settled": trace.settled(target) if traced else None,
+        "to_batch": trace.first(batch - TOLERANCE),
+        "settled": trace.settled(batch - TOLERANCE),
+        "near": trace.settled(batch - NEAR),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -480,7 +512,7 @@ def _summary_of(
     }
     gradients: dict[str, Any] = {}
     for solver in solvers:
-        for method in ("batch", "warm", *RECIPES, AS_PUBLISHED):
+        for method in ("batch", "warm", *LINES):
             found = [
                 (cell.seed, f)
                 for cell, f in of.items()
@@ -490,7 +522,7 @@ def _summary_of(
             if found:
                 gradients.setdefault(solver, {})[method] = {
                     key: [f[key] for _, f in sorted(found, key=lambda pair: pair[0])]
-                    for key in ("to_batch", "settled", "gradients", "accuracy")
+                    for key in ("to_batch", "settled", "near", "gradients", "accuracy")
                 }
     return {"accuracy": lines, "gradients": gradients, "bars": bars(lines, gradients, config)}
 
@@ -510,8 +542,8 @@ def bars(lines: Mapping[str, Any], gradients: Mapping[str, Any], config: Config)
             gap = ours[fraction]["mean"] - replay[fraction]["mean"]
             found[f"K-prior: points above replay at {fraction}"] = 100 * gap
     for solver, table in gradients.items():
-        for method in table.keys() & {"K-prior", "warm"}:
-            for key in ("to_batch", "settled", "gradients"):
+        for method in table.keys() & {"K-prior", "warm", *BETTER}:
+            for key in ("to_batch", "settled", "near", "gradients"):
                 found[f"{method}, {solver}: {key} / batch's"] = _ratio(table, method, key)
     return dict(sorted(found.items()))
 
@@ -550,7 +582,9 @@ def main(arguments: list[str] | None = None) -> None:
         with (options.out / "log.txt").open("a") as log:
             log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {line}\n")
 
-    say(f"begins: {', '.join(config.sets)}; {len(done)} cells are there")
+    found_versions = versions()  # before anything: the tree may change meanwhile
+    revision = found_versions.get("revision", "unknown")
+    say(f"begins: {', '.join(config.sets)} at revision {revision}; {len(done)} cells are there")
     with path.open("a") as file:
         for cell, found in run(config, options.data, done, say):
             file.write(json.dumps({**asdict(cell), **found}) + "\n")
@@ -563,7 +597,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, content in (
         ("config.json", settings),
-        ("versions.json", versions()),
+        ("versions.json", found_versions),
         ("result.json", summary(done, config)),
     ):
         (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
