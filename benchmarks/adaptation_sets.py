@@ -382,7 +382,7 @@ SETS: Mapping[str, Set] = {
     "mnist-cnn": Set(partial(images, precision=1.0), "mnist", 400, 10_000, **_CNN),
     "cifar-cnn": Set(images, "cifar10_jpegq75", 400, 10_000, **_CNN),
     # The smoke setting's: scikit-learn's digits, which need no file.
-    "digits-linear": Set(odd_linear, "digits", 20, 300),
-    "digits-mlp": Set(odd_mlp, "digits", 5, 200, **_MLP),
-    "digits-cnn": Set(images, "digits", 5, 200, **{**_CNN, "fractions": None}),
+    "digits-linear": Set(odd_linear, "digits", 20, 100),
+    "digits-mlp": Set(odd_mlp, "digits", 5, 100, **_MLP),
+    "digits-cnn": Set(images, "digits", 5, 100, **{**_CNN, "fractions": None}),
 }
