@@ -274,17 +274,21 @@ def cells(name: str, change: Change, kind: str, config: Config, seed: int) -> li
     for fraction in fractions:
         # Replay of everything is the objective of batch.
         found += [cell(m, fraction) for m in ("K-prior", "replay") if fraction < 1 or m != "replay"]
+
     # An own anchor's g and G say nothing of another network's weights. A diagonal G of poly-2's
     # 66,306 weights takes a minute, and moved poly-1 by less than a point at 7 and 10 %.
-    others = [m for m in chosen.others if change.new_model is None or "G of" not in m]
-    others = [m for m in others if started or "stored" not in m]
-    found += [cell(method, fraction) for method in others for fraction in small]
+    def known(methods: tuple[str, ...]) -> list[str]:
+        fitting = [m for m in methods if change.new_model is None or "G of" not in m]
+        return [m for m in fitting if started or "stored" not in m]
+
+    found += [cell(method, fraction) for method in known(chosen.others) for fraction in small]
+    if seed == config.seeds[0]:
+        found += [cell(m, fraction) for m in known(chosen.once) for fraction in small[-2:]]
     if kind == "remove":
         found += [cell(AS_PUBLISHED, fraction) for fraction in small]
-    followed = [m for m in ("K-prior", *BETTER) if m == "K-prior" or m in others]
+    followed = ("K-prior", *known(tuple(m for m in BETTER if m in chosen.others)))
     for solver in more:
         found += [cell("batch", solver=solver)]
-        found += [cell("warm", solver=solver)] if started else []
         found += [cell(method, config.traced, solver) for method in followed]
     return found
 
