@@ -54,14 +54,15 @@ FRESH = 1000  # added to the seed of a model that is learned from scratch
 
 K_PRIOR = Recipe("K-prior", gradient="stationary", score="lambda")
 REPLAY = Recipe("replay", gradient="none", score="lambda", soft=0.0, hard=1.0)
-RANDOM = {"score": "random", "population": True}
+# Not balanced over the classes, as N/M would count a rare class too much.
+RANDOM = {"score": "random", "population": True, "per_class": False}
 RECIPES: Mapping[str, Recipe] = {
     "K-prior": K_PRIOR,
     "replay": REPLAY,
     "replay, random, N/M": replace(REPLAY, **RANDOM),
     "K-prior, stored g": replace(K_PRIOR, gradient="stored"),
     "K-prior, N/M": replace(K_PRIOR, population=True),
-    "K-prior, random": replace(K_PRIOR, score="random"),
+    "K-prior, random": replace(K_PRIOR, score="random", per_class=False),
     "K-prior, random, N/M": replace(K_PRIOR, **RANDOM),
     "K-prior, random, N/M, stored g": replace(K_PRIOR, **RANDOM, gradient="stored"),
     "K-prior, G of the rest": replace(K_PRIOR, structure="diagonal"),
