@@ -560,6 +560,56 @@ def _written(fraction: float | None) -> str:
     return "all" if fraction is None else f"{fraction:g}"
 
 
+def _revisions(path: Path) -> list[str]:
+    """Of the calls before; log.txt says which cells came from which."""
+    return json.loads(path.read_text())["revisions"] if path.exists() else []
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Markdown: accuracies in points with standard errors, then gradients in thousands."""
+    out = ["# Tables of result.json", ""]
+    for name, changes in result.items():
+        for kind, found in changes.items():
+            out += [f"## {name}, {kind}", "", *_accuracies(found["accuracy"]), ""]
+            for solver, methods in found["gradients"].items():
+                out += [*_gradients(solver, methods), ""]
+    return "\n".join(out)
+
+
+def _accuracies(lines: Mapping[str, Any]) -> list[str]:
+    fractions = sorted({f for line in lines.values() for f in line if f != "all"}, key=float)
+    rows = ["| accuracy, % | all | " + " | ".join(f"{float(f):.0%}" for f in fractions) + " |"]
+    rows.append("|---" * (2 + len(fractions)) + "|")
+    for method, line in lines.items():
+        cells = [_points(line.get(f)) for f in ("all", *fractions)]
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _points(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    error = value["standard_error"]
+    spread = " (one seed)" if error is None else f" ± {100 * error:.2f}"
+    return f"{100 * value['mean']:.2f}{spread}"
+
+
+def _gradients(solver: str, methods: Mapping[str, Any]) -> list[str]:
+    rows = [
+        f"| 1000 gradients, {solver} | to 0.1 point | for good | to 1 point for good | all |",
+        "|---|---|---|---|---|",
+    ]
+    for method, found in methods.items():
+        keys = ("to_batch", "settled", "near", "gradients")
+        cells = [", ".join(_thousands(n) for n in found[key]) for key in keys]
+        rows.append(f"| {method} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _thousands(count: int | None) -> str:
+    return "never" if count is None else f"{count / 1000:.3g}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with usps-train.parquet and the others")
@@ -585,12 +635,15 @@ def main(arguments: list[str] | None = None) -> None:
             log.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z {line}\n")
 
     found_versions = versions()  # before anything: the tree may change meanwhile
-    revision = found_versions.get("revision", "unknown")
+    revision = found_versions.pop("revision", "unknown")
+    found_versions["revisions"] = [*_revisions(options.out / "versions.json"), revision]
     say(f"begins: {', '.join(config.sets)} at revision {revision}; {len(done)} cells are there")
     with path.open("a") as file:
         for cell, found in run(config, options.data, done, say):
             file.write(json.dumps({**asdict(cell), **found}) + "\n")
             file.flush()
+    result = summary(done, config)
+    (options.out / "tables.md").write_text(tables(result) + "\n")
     settings = {
         "config": asdict(whole),
         "sets": {n: {**asdict(SETS[n]), "make": SETS[n].make.__name__} for n in config.sets},
@@ -600,7 +653,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, content in (
         ("config.json", settings),
         ("versions.json", found_versions),
-        ("result.json", summary(done, config)),
+        ("result.json", result),
     ):
         (options.out / name).write_text(json.dumps(content, indent=1) + "\n")
 

@@ -33,7 +33,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 def test_smoke_and_resume(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--smoke", "--out", str(tmp_path), "--sets", "digits-linear", "digits-mlp"]
     bench.main(arguments)
-    names = {"config.json", "result.json", "versions.json", "log.txt", "cells.jsonl"}
+    names = {"config.json", "result.json", "versions.json", "log.txt", "cells.jsonl", "tables.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     cells, result = (tmp_path / "cells.jsonl").read_text(), (tmp_path / "result.json").read_text()
     found = json.loads(result)
