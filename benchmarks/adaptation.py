@@ -453,7 +453,8 @@ def run(config: Config, data: Path | None, done: dict[Cell, dict], say: Callable
 
 def measure(cell: Cell, task: Task, config: Config, targets: Mapping[str, float]) -> dict[str, Any]:
     start = time.perf_counter()
-    traced = cell.fraction in (None, config.traced) and cell.method != "anchor"
+    counted = cell.fraction in (None, config.traced) and cell.method != "anchor"
+    traced = counted and SETS[cell.set].follow
     trace = Trace(task.accuracy if traced else None)
     model = train(cell, task, task.change.solvers[cell.solver], trace)
     accuracy = task.accuracy(model)

@@ -349,7 +349,8 @@ class Set:
     data: its name; limit: the first so many training examples; solvers: names, the first for all
     cells, the others for the gradients alone; others: lines beside K-prior and replay; once: lines
     of the first seed alone, at the two smallest memories; structure: of the curvature of the rest
-    (a Kronecker product cannot forget); fractions: instead of all.
+    (a Kronecker product cannot forget); fractions: instead of all; follow: test on the way too, to
+    count the gradients.
     """
 
     make: Callable[..., Mapping[str, Change]]
@@ -361,6 +362,7 @@ class Set:
     once: tuple[str, ...] = ()
     structure: Literal["dense", "diagonal"] = "dense"
     fractions: tuple[float, ...] | None = None
+    follow: bool = True
 
 
 _MLP: dict[str, Any] = {
@@ -372,9 +374,9 @@ _MLP: dict[str, Any] = {
 _CNN: dict[str, Any] = {
     "solvers": ("adam",),
     "others": WEIGHTED,
-    "once": ONCE,
-    "structure": "diagonal",
+    "once": ("K-prior, N/M", "K-prior, random, N/M, stored g"),
     "fractions": (0.1, 0.05, 0.02),
+    "follow": False,
 }
 SETS: Mapping[str, Set] = {
     "usps-linear": Set(odd_linear, "usps", 500),
