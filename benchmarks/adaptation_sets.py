@@ -70,7 +70,7 @@ class Change:
     """before: what the first model learned, with weight decay precision[0]; test: what the changed
     model is tested on. Then what changes: ``new`` examples come, those that ``removed`` names at
     the first model go, the weight decay becomes precision[1], or the model that of ``new_model``,
-    whose weights are those of the first one where ``shared``.
+    whose weights are those of the first one where ``shared``, or might be in its ``first_layer``.
     """
 
     before: Examples
@@ -82,6 +82,11 @@ class Change:
     removed: Callable[[nn.Module, Examples], Tensor] | None = None  # ids
     new_model: Build | None = None
     shared: bool = True
+    first_layer: tuple[str, ...] = ()  # parameters of the same shape in both networks
+
+    @property
+    def convex(self) -> bool:
+        return "newton" in self.solvers
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -194,6 +199,7 @@ def _of_digits(
     larger: Build,
     *,
     shared: bool,
+    first_layer: tuple[str, ...] = (),
 ) -> Mapping[str, Change]:
     """Digit 9 comes, digit 8 goes; the regulariser changes between ``others``."""
     same = (precision, precision)
@@ -212,6 +218,7 @@ def _of_digits(
             precision=same,
             new_model=model,
             shared=shared,
+            first_layer=first_layer,
             **{**common, "model": larger},
         ),
     }
@@ -257,6 +264,7 @@ def odd_mlp(
         (5.0, 10.0),
         partial(mlp, pixels, 100, 100, 2),
         shared=False,
+        first_layer=("0.weight", "0.bias"),
     )
 
 
@@ -334,7 +342,6 @@ WEIGHTED = ("replay, random, N/M", "K-prior, random, N/M", "K-prior, sampled by 
 # At the minimum of a convex problem a stored g is the stationary one.
 CONVEX = (*WEIGHTED, "K-prior, N/M", "K-prior, random", "K-prior, G of the rest")
 ONCE = (
-    "K-prior, N/M",
     "K-prior, random",
     "K-prior, stored g",
     "K-prior, random, N/M, stored g",
@@ -367,14 +374,14 @@ class Set:
 
 _MLP: dict[str, Any] = {
     "solvers": ("adam", "lbfgs"),
-    "others": WEIGHTED,
+    "others": (*WEIGHTED, "K-prior, N/M"),
     "once": ONCE,
     "structure": "diagonal",
 }
 _CNN: dict[str, Any] = {
     "solvers": ("adam",),
-    "others": WEIGHTED,
-    "once": ("K-prior, N/M", "K-prior, random, N/M, stored g"),
+    "others": (*WEIGHTED, "K-prior, N/M"),
+    "once": ("K-prior, random, N/M, stored g",),
     "fractions": (0.1, 0.05, 0.02),
     "follow": False,
 }

@@ -63,7 +63,7 @@ def test_full_memory_is_batch(bench: Any, kind: str) -> None:
     task = bench.begin(change, solver, 0)
     models = []
     lines = ["batch", "K-prior", "K-prior, G of the rest"]
-    lines += [bench.AS_PUBLISHED] if kind == "remove" else []
+    lines += ["K-prior" + bench.KEPT] if kind == "remove" else []
     for method in lines:
         cell = bench.Cell("digits-linear", kind, method, 1.0, "newton", 0)
         models.append(flat(bench.train(cell, task, solver, bench.Trace())))
