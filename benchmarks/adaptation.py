@@ -274,7 +274,8 @@ def cells(name: str, change: Change, kind: str, config: Config, seed: int) -> li
 
     found = [cell("batch"), cell("anchor")]
     started = change.new_model is None or change.shared
-    if started:
+    whole = change.convex or seed == config.seeds[0]  # of a network, some at the first seed alone
+    if started and whole:
         found.append(cell("warm"))
     for fraction in fractions:
         # Replay of everything is the objective of batch.
@@ -290,13 +291,13 @@ def cells(name: str, change: Change, kind: str, config: Config, seed: int) -> li
     if seed == config.seeds[0]:
         found += [cell(m, fraction) for m in known(chosen.once) for fraction in small[-2:]]
     if kind == "remove":
-        ours = ("K-prior", N_OVER_M, SAMPLED) if not change.convex else ("K-prior",)
+        ours = ("K-prior",) if change.convex else ("K-prior", N_OVER_M)
         found += [cell(f"{m}{KEPT}", fraction) for m in ours for fraction in small]
     if change.first_layer and change.new_model is not None:
-        known_there = (N_OVER_M, SAMPLED, "K-prior, random, N/M", "replay, random, N/M")
+        known_there = (N_OVER_M, "K-prior, random, N/M", "replay, random, N/M")
         found += [cell(f"{m}{SHARED}", fraction) for m in known_there for fraction in small]
     followed = ("K-prior", *known(tuple(m for m in BETTER if m in chosen.others)))
-    for solver in more:
+    for solver in more if whole else ():
         found += [cell("batch", solver=solver)]
         found += [cell(method, config.traced, solver) for method in followed]
     return found
