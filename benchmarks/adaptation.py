@@ -444,12 +444,12 @@ def run(
     data: Path | None,
     done: dict[Cell, dict],
     say: Callable[[str], None],
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int],
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """(cell, what came out) of all that is not done yet, of some of the seeds."""
     for name in config.sets:
         chosen = SETS[name]
-        for seed in seeds or config.seeds:
+        for seed in seeds:
             changes = chosen.make(chosen.data, data, chosen.limit, chosen.steps, seed)
             for kind, change in changes.items():
                 todo = cells(name, change, kind, config, seed)
@@ -637,6 +637,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", help=f"of {', '.join(SETS)}; default: all published")
     parser.add_argument("--seeds", nargs="+", type=int, help="some of them; default 43 44 45")
+    parser.add_argument("--summary", action="store_true", help="of the finished cells; none is run")
     parser.add_argument("--smoke", action="store_true", help="seconds; the numbers mean nothing")
     options = parser.parse_args(arguments)
     whole = SMOKE if options.smoke else Config()
@@ -656,7 +657,8 @@ def main(arguments: list[str] | None = None) -> None:
     found_versions["revisions"] = [*_revisions(options.out / "versions.json"), revision]
     say(f"begins: {', '.join(config.sets)} at revision {revision}; {len(done)} cells are there")
     with path.open("a") as file:
-        for cell, found in run(config, options.data, done, say, options.seeds):
+        seeds = () if options.summary else options.seeds or config.seeds
+        for cell, found in run(config, options.data, done, say, seeds):
             file.write(json.dumps({**asdict(cell), **found}) + "\n")
             file.flush()
     result = summary(done, config)
