@@ -631,6 +631,12 @@ def _thousands(count: int | None) -> str:
     return "never" if count is None else f"{count / 1000:.3g}"
 
 
+def _called(make: Any) -> str:
+    """The function's name, with what is fixed of its arguments."""
+    fixed = ", ".join(f"{k}={v}" for k, v in getattr(make, "keywords", {}).items())
+    return f"{getattr(make, 'func', make).__name__}({fixed})"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, help="folder with usps-train.parquet and the others")
@@ -655,7 +661,8 @@ def main(arguments: list[str] | None = None) -> None:
     found_versions = versions()  # before anything: the tree may change meanwhile
     revision = found_versions.pop("revision", "unknown")
     found_versions["revisions"] = [*_revisions(options.out / "versions.json"), revision]
-    say(f"begins: {', '.join(config.sets)} at revision {revision}; {len(done)} cells are there")
+    if not options.summary:
+        say(f"begins: {', '.join(config.sets)} at revision {revision}; {len(done)} cells are there")
     with path.open("a") as file:
         seeds = () if options.summary else options.seeds or config.seeds
         for cell, found in run(config, options.data, done, say, seeds):
@@ -665,7 +672,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options.out / "tables.md").write_text(tables(result) + "\n")
     settings = {
         "config": asdict(whole),
-        "sets": {n: {**asdict(SETS[n]), "make": SETS[n].make.__name__} for n in config.sets},
+        "sets": {n: {**asdict(SETS[n]), "make": _called(SETS[n].make)} for n in config.sets},
         "recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()},
         "slips of the released code, and how they are avoided": SLIPS,
     }

@@ -62,17 +62,23 @@ def adaptations(name: str, record: Path) -> Figure:
     rows = [row for row in rows if row["set"] == name and row["solver"] != "lbfgs"]
     figure = Figure(figsize=(8, 6), layout="constrained")
     for ax, (change, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        of: dict[str, dict[float, list[float]]] = {}
+        of: dict[str, dict[float, dict[int, float]]] = {}
         for row in rows:
             if row["change"] == change:
-                at = of.setdefault(row["method"], {})
-                at.setdefault(row["fraction"], []).append(row["accuracy"])
-        lines = {
-            line: (list(of[line]), [list(seeds) for seeds in zip(*of[line].values(), strict=True)])
-            for line in LINES
-        }
+                at = of.setdefault(row["method"], {}).setdefault(row["fraction"], {})
+                at[row["seed"]] = row["accuracy"]
+        lines = {}
+        for line in LINES:
+            at = of.get(line, {})
+            seeds = set.intersection(*map(set, at.values())) if at else ()  # at every fraction
+            if seeds:
+                lines[line] = (list(at), [[found[s] for found in at.values()] for s in seeds])
         memory_curves(
-            lines, reference=of["batch"][None], title=title, legend=change == "model", ax=ax
+            lines,
+            reference=list(of["batch"][None].values()),
+            title=title,
+            legend=change == "model",
+            ax=ax,
         )
     return figure
 
