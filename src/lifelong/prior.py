@@ -623,7 +623,7 @@ class Prior:
             )
         return removal.forget(
             self.terms,
-            self._settled(task),
+            self._settled(which.get("task")),
             over,
             model=model,
             likelihood=self.likelihood,

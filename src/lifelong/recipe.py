@@ -184,7 +184,8 @@ class Recipe:
             population=self.population,
             divergence=self.divergence,
             structure=self.structure,
-            strength=self.strength,
+            # "auto" is found once the memory is chosen, and only ever raises it: 1 promises less.
+            strength=1.0 if self.strength == "auto" else self.strength,
             estimator=self.estimator,
             options={"rank": self.rank} if self.structure == "low_rank" else {},
             exclude=self.exclude_memory,
