@@ -433,7 +433,7 @@ class Prior:
             g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
             shares = removal.grouped(
                 past.terms,
-                recipe,
+                recipe if strength is None else replace(recipe, strength=strength),
                 over,
                 groups,
                 held=held,
