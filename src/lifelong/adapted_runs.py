@@ -11,6 +11,7 @@ The old run is only read. The new folder is put together beside its place and mo
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .benchmarks import learner_options, mlp
+from .certificate import certify_removal, load_private_key
 from .checkpoint import write
 from .config import UsageError
 from .data import Examples, Head
@@ -31,13 +33,14 @@ from .learner import CHECKPOINT, Learner
 from .likelihoods import Categorical
 from .memory import remember
 from .metrics import evaluate
-from .models import device_of, rows
+from .models import concat, device_of, rows
 from .prior import Prior
 from .readers import load
 from .recipe import Recipe
 from .refit import Refit, refit
 from .runs import CONFIG, LOG, TOML, VERSIONS, Plan, load_config, log, prepare, versions
 from .terms import MemoryTerm
+from .unlearning import audit
 
 ADAPTATION = "adaptation.json"
 
@@ -85,6 +88,15 @@ class Transfer:
 Change = Add | Remove | Regularise | Transfer
 
 
+@dataclass(frozen=True)
+class Certifying:
+    """A certificate of the removal in each seed's folder. key: a PEM file with the Ed25519 key that
+    signs it; None leaves it unsigned. note: of whoever asked for the removal."""
+
+    key: Path | None = None
+    note: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Past:
     """What a run has learned by now. train: of each task, what is left of it; tests: its test
@@ -98,12 +110,14 @@ class Past:
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """The learner after the change, what was taken out of which task, and the cost."""
+    """The learner after the change, what was taken out of which task, and the cost. clipped: the
+    largest part of a curvature that was to leave and stays."""
 
     learner: Learner
     removed: Mapping[int, Examples]
     cost: Refit
     notes: tuple[str, ...] = ()
+    clipped: float = 0.0
 
 
 # -------------------------------------------------------------------- one adaptation
@@ -117,19 +131,26 @@ def adapt(
     seed: int | None = None,
     data: Path | None = None,
     compare: bool = False,
+    certifying: Certifying | None = None,
     watch: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Change a saved run and write the result to ``out``; what ``adaptation.json`` holds.
 
     seed: this one alone; by default all that the run has. data: where the data lie, if not where
-    they lay. compare: also train a fresh network on what is left. options: of ``refit``.
+    they lay. compare: also train a fresh network on what is left. certifying: of a removal, write
+    a certificate with its audit into each seed's folder. options: of ``refit``.
 
     Raises UsageError for a folder without a run or one that is not free, and for a change that
     does not fit; CheckpointError; as the verb of ``Learner``. Then nothing was written.
     """
     config = load_config(run, adapted=True)
     require_unused(out)
+    if certifying is not None:
+        if not isinstance(change, Remove):
+            raise UsageError("a certificate is of a removal; this change removes nothing")
+        if certifying.key is not None:  # a key that cannot be read shows before the work
+            load_private_key(certifying.key)
     if data is not None:
         config = replace(config, experiment=replace(config.experiment, data=data.absolute()))
     seeds = _seeds(run, config.seed_list, seed)
@@ -150,17 +171,22 @@ def adapt(
             removed = _chosen(change, past) if isinstance(change, Remove) else {}
             step = _step(change, removed)
             tests = _accuracies(learner.model, past, removed)
+            origin = (copy.deepcopy(learner.model), learner.prior)
             found = _change(learner, past, change, removed, plan, options)
             after = _after(past, step, plan)
             result = _result(number, found, tests, _accuracies(learner.model, after, removed))
+            fresh = None
             if compare:
-                result["retrained"] = _retrained(learner, after, plan, number, options)
+                result["retrained"], fresh = _retrained(learner, after, plan, number, options)
             results.append(result)
             if watch is not None:
                 watch(f"seed {number} is adapted")
-            # Whatever an adaptation leaves beside its learner, as a certificate of a removal,
-            # goes into this folder: ``found`` has what it needs.
             learner.save(partial / f"seed-{number}" / CHECKPOINT)
+            if certifying is not None:
+                folder = partial / f"seed-{number}"
+                seconds = result.get("retrained", {}).get("seconds")
+                _certify(folder, certifying, found, origin, fresh, after, seconds)
+                result["certificate"] = f"seed-{number}/certificate.html"
         history = before or {"learned": learned, "steps": []}
         history = {**history, "steps": [*history["steps"], step]}
         summary = {"from": str(run), "change": step, "seeds": results}
@@ -254,7 +280,8 @@ def _change(
         else:
             cost = _transferred(learner, past, change, plan, options)
     notes = tuple(dict.fromkeys(str(w.message) for w in caught if w.category in _NOTES))
-    return Adapted(learner, removed, cost, notes)
+    parts = [w.message.fraction for w in caught if isinstance(w.message, ClippedWarning)]
+    return Adapted(learner, removed, cost, notes, max(parts, default=0.0))
 
 
 _NOTES = (UserWarning, ClippedWarning)
@@ -472,8 +499,9 @@ def _result(
 
 def _retrained(
     learner: Learner, left: Past, plan: Plan, seed: int, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A fresh network on all that is left, at once, to the same minimum under the same R."""
+) -> tuple[dict[str, Any], nn.Module]:
+    """A fresh network on all that is left, at once, to the same minimum under the same R: what it
+    came to, and the network."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _network(plan, left).to(device_of(learner.model))
@@ -490,13 +518,71 @@ def _retrained(
     if items is not None:
         terms.append(MemoryTerm(items))
     cost = refit(model, Prior(Categorical(), Recipe("joint"), tuple(terms)), **options)
-    return {
+    result = {
         "accuracy": _mean(model, left.tests),
         "gradients": cost.gradients,
         "seconds": cost.seconds,
         "method": cost.method,
         "converged": cost.converged,
     }
+    return result, model
+
+
+def _certify(
+    folder: Path,
+    certifying: Certifying,
+    found: Adapted,
+    origin: tuple[nn.Module, Prior],
+    fresh: nn.Module | None,
+    left: Past,
+    fresh_seconds: float | None,
+) -> None:
+    """Certificate and audit of one seed. An audit asks one head: where the removed examples are of
+    tasks with several, it is of the task that loses most, and the note says so."""
+    model, prior = origin
+    heads = {left.train[task].head for task in found.removed}
+    tasks, note = list(found.removed), certifying.note
+    if len(heads) > 1:
+        tasks = [max(tasks, key=lambda task: len(found.removed[task]))]
+        said = f"The audit is of task {tasks[0] + 1}, which loses most of the examples."
+        note = f"{note} {said}".strip()
+    kept = [left.train[task] for task in tasks if len(left.train[task])]
+    tests = [test for task in tasks if (test := left.tests[task]) is not None]
+    checked = None
+    if kept and tests:
+        seconds = {"unlearning": found.cost.seconds}
+        if fresh_seconds is not None:
+            seconds["retraining"] = fresh_seconds
+        checked = audit(
+            model,
+            found.learner.model,
+            fresh,
+            likelihood=prior.likelihood,
+            removed=_together([found.removed[task] for task in tasks]),
+            kept=_together(kept),
+            test=_together(tests),
+            seconds=seconds,
+        )
+    certify_removal(
+        folder,
+        before=model,
+        after=found.learner.model,
+        prior_before=prior,
+        prior_after=found.learner.prior,
+        removed=found.removed,
+        refit=found.cost,
+        clipped=found.clipped,
+        audit=checked,
+        note=note,
+        key=certifying.key,
+    )
+
+
+def _together(parts: Sequence[Examples]) -> Examples:
+    """Examples of one head, as one."""
+    read = [part.batch(slice(None)) for part in parts]
+    inputs, labels = concat([b.inputs for b in read]), torch.cat([b.labels for b in read])
+    return Examples(inputs, labels, ids=torch.cat([b.ids for b in read]), head=parts[0].head)
 
 
 def _write(

@@ -25,7 +25,14 @@ class CheckpointError(ValueError):
 
 
 class ClippedWarning(UserWarning):
-    """A curvature was clipped to its positive part, so that less was taken out than was asked."""
+    """A curvature was clipped to its positive part, so that less was taken out than was asked.
+
+    fraction: of the curvature to be removed, what stays.
+    """
+
+    def __init__(self, message: str, fraction: float = 0.0) -> None:
+        super().__init__(message)
+        self.fraction = fraction
 
 
 class StoreError(ValueError):

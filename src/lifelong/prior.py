@@ -592,12 +592,9 @@ class Prior:
             batch_size=batch_size,
         )
         if found.clipped:
-            warnings.warn(
-                f"G would have turned indefinite and was clipped to its positive part: "
-                f"{100 * found.clipped:.3g} % of the curvature to be removed stays in it",
-                ClippedWarning,
-                stacklevel=2,
-            )
+            stays = f"{100 * found.clipped:.3g} % of the curvature to be removed stays in it"
+            told = f"G would have turned indefinite and was clipped to its positive part: {stays}"
+            warnings.warn(ClippedWarning(told, found.clipped), stacklevel=2)
         return self._without(found)
 
     def _removal(

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from ..config import UsageError, _default, _Float, _Int, suggestion
 
 if TYPE_CHECKING:
-    from ..adapted_runs import Change
+    from ..adapted_runs import Certifying, Change
 
 ABOUT = """\
 usage: lifelong adapt {add,remove,regularise,transfer} RUN --out NEW [OPTIONS]
@@ -36,7 +36,7 @@ EXAMPLES = """
 examples:
   lifelong run --prior kprior --out runs/x
   lifelong adapt remove runs/x --label 3 --out runs/without-3 --compare
-  lifelong adapt remove runs/x --ids 17,42 --out runs/y
+  lifelong adapt remove runs/x --ids 17,42 --out runs/y --certificate
   lifelong adapt regularise runs/x --precision 0.1 --out runs/z
   lifelong adapt transfer runs/x --hidden 50 --out runs/small
   lifelong adapt add runs/x --from new.parquet --out runs/more
@@ -113,6 +113,21 @@ class RemoveFlags(Shared):
     """All of this task, by its number from 1; with --ids or --label, those of it."""
     label: Annotated[_Int, _default("any")] = None
     """All of this class."""
+    certificate: bool = False
+    """Write a certificate of the removal with its audit, json and a page, for each seed. With \
+--compare the audit has the network that was trained afresh beside it."""
+    key: Annotated[Path | None, arg(metavar="PEM"), _default("unsigned")] = None
+    """Private key that signs the certificate; lifelong certificate key makes one."""
+    note: str = ""
+    """For the certificate: who asked, and why."""
+
+    @property
+    def certifying(self) -> Certifying | None:
+        from ..adapted_runs import Certifying
+
+        if not self.certificate and (self.key is not None or self.note):
+            raise UsageError("--key and --note are of a certificate; give --certificate, too")
+        return Certifying(self.key, self.note) if self.certificate else None
 
     @property
     def change(self) -> Change:
@@ -203,6 +218,7 @@ def main(args: list[str], parse: Callable[..., Any]) -> int:
         seed=flags.seed,
         data=flags.data,
         compare=flags.compare,
+        certifying=flags.certifying if isinstance(flags, RemoveFlags) else None,
         watch=None if flags.quiet else watch,
         method=flags.method,
         max_iterations=flags.max_iterations,
@@ -280,6 +296,9 @@ def _table(kind: str, summary: dict[str, Any], out: Path) -> None:
     console.print(table, highlight=False)
     for note in dict.fromkeys(note for r in seeds for note in r["notes"]):
         console.print(f"Note: {note}", highlight=False)
+    for result in seeds:
+        if "certificate" in result:
+            console.print(f"Certificate: {out / result['certificate']}", highlight=False)
     console.print(f"Folder: {out}", highlight=False)
 
 
