@@ -92,7 +92,8 @@ def unlearn(
     and its regulariser, theta - (G + delta I)⁻¹ nabla prior: at a minimum the first-order removal
     (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass, and what a
     few small steps do not reach, such as the weights of a class of which nothing is left.
-    method None: no more than that.
+    method None: no more than that. Exact for a linear-Gaussian model with a dense G; with a
+    diagonal one it wrecks a network (``docs/unlearning.md``).
     retained: data to refit on in place of what memory and quadratic say of the past: slower,
     exact where convex.
 
