@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import lifelong
-from lifelong import Categorical, Examples, Posterior, Prior, TaskStream
+from lifelong import Categorical, Examples, Posterior, Prior, TaskStream, memory_plots
 from lifelong.benchmarks import mlp
 from lifelong.budget import Fidelity
 from lifelong.data import head_mask
@@ -227,12 +227,14 @@ PREDICTORS = {  # name -> sign: what should rise with the accuracy lost
 CHOSEN = "missed_per_example"
 
 
-def correlations(rows: list[dict]) -> dict[str, float]:
-    lost = [row["lost"] for row in rows]
-    return {
-        name: spearman(sign * np.array([row[name] for row in rows]), np.array(lost))
+def correlations(rows: list[dict]) -> dict[str, float | None]:
+    """Of each predictor with the accuracy lost; None where one of the two is constant."""
+    lost = np.array([row["lost"] for row in rows])
+    found = {
+        name: spearman(sign * np.array([row[name] for row in rows]), lost)
         for name, sign in PREDICTORS.items()
     }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def interval(rows: list[dict], seed: int = 0, resamples: int = 1000) -> list[float]:
@@ -410,7 +412,7 @@ class Log:
         self.lines.append(line)
 
 
-PARTS = ("cells", "coverage", "curve", "speed")
+PARTS = ("cells", "coverage", "curve", "speed", "figures")
 
 
 def run(
@@ -445,6 +447,8 @@ def run(
         result["curve"] = curve(config, log)
     if "speed" in parts:
         result["speed"] = speed(config, log)
+    if "figures" in parts:
+        figures(result, config, out)
     log(f"{', '.join(parts)}: {time.perf_counter() - start:.0f} s")
     path.write_text(json.dumps(result, indent=1) + "\n")
     settings = {**asdict(config), "git": revision()}
@@ -455,6 +459,26 @@ def run(
     return result
 
 
+def figures(result: dict[str, Any], config: Config, out: Path) -> None:
+    """predicted.png of the confirmation's cells, curve.png: what the record holds of them."""
+    rows = [row for row in result.get("cells", []) if row["stream"] in config.confirmation]
+    if rows:
+        figure = memory_plots.predicted_against_lost(
+            [row[CHOSEN] for row in rows],
+            [row["lost"] for row in rows],
+            groups=[row["method"] for row in rows],
+            log=True,
+        )
+        figure.savefig(out / "predicted.png")
+    if "curve" in result:
+        found = result["curve"]
+        lines = {}
+        for method in ("kprior", "kprior, N/M"):
+            lines[f"{method}: curve"] = found[method]["curve"]
+            lines[f"{method}: made"] = found[method]["made"]
+        memory_plots.fidelity_against_memory(found["sizes"], lines).savefig(out / "curve.png")
+
+
 def told(rows: list[dict], config: Config, log: Log) -> dict[str, Any]:
     """The rank correlations of both sets of streams, on the screen too."""
     result: dict[str, Any] = {"chosen": CHOSEN}
@@ -463,7 +487,7 @@ def told(rows: list[dict], config: Config, log: Log) -> dict[str, Any]:
         for group, found in result[name].items():
             value, (low, high) = found["spearman"][CHOSEN], found["interval_95"]
             log(
-                f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value:.3f} "
+                f"{name}, {group}: {found['cells']} cells, {CHOSEN} {value or 0:.3f} "
                 f"({low:.2f} to {high:.2f}); {json.dumps(found['spearman'])}"
             )
     return result

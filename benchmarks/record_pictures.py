@@ -1,4 +1,5 @@
-"""Pictures of the newest records: docs/images/sensitivity-retrained.png, dnn2gp-toy.png.
+"""Pictures of the newest records: docs/images/sensitivity-retrained.png, dnn2gp-toy.png, and
+kprior-SET.png for each set of the K-priors experiments, as svg in their record too.
 
 python -m benchmarks.record_pictures
 """
@@ -11,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lifelong.plots import evidence_against_test, sensitivity_scatter
+from lifelong.plots import evidence_against_test, memory_curves, sensitivity_scatter
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
@@ -46,7 +47,48 @@ def toy() -> Figure:
     )
 
 
+PANELS = {
+    "add": "Add data",
+    "remove": "Remove data",
+    "regulariser": "Change the regulariser",
+    "model": "Change the model",
+}
+LINES = ("K-prior", "replay", "K-prior, random, N/M", "replay, random, N/M")
+
+
+def adaptations(name: str, record: Path) -> Figure:
+    """The four changes of one set: accuracy against the part of the past that is kept."""
+    rows = [json.loads(line) for line in (record / "cells.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["set"] == name and row["solver"] != "lbfgs"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    for ax, (change, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        of: dict[str, dict[float, dict[int, float]]] = {}
+        for row in rows:
+            if row["change"] == change:
+                at = of.setdefault(row["method"], {}).setdefault(row["fraction"], {})
+                at[row["seed"]] = row["accuracy"]
+        lines = {}
+        for line in LINES:
+            at = of.get(line, {})
+            seeds = set.intersection(*map(set, at.values())) if at else ()  # at every fraction
+            if seeds:
+                lines[line] = (list(at), [[found[s] for found in at.values()] for s in seeds])
+        memory_curves(
+            lines,
+            reference=list(of["batch"][None].values()),
+            title=title,
+            legend=change == "model",
+            ax=ax,
+        )
+    return figure
+
+
 def main() -> None:
+    record = max((HERE / "results").glob("*_adaptation"))
+    for name in json.loads((record / "result.json").read_text()):
+        figure = adaptations(name, record)
+        figure.savefig(IMAGES / f"kprior-{name}.png", dpi=110)
+        figure.savefig(record / f"{name}.svg")
     retrained().savefig(IMAGES / "sensitivity-retrained.png", dpi=110)
     toy().savefig(IMAGES / "dnn2gp-toy.png", dpi=110)
 

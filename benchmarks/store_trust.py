@@ -524,7 +524,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         shutil.rmtree(place, ignore_errors=True)
         started = time.perf_counter()
-        result[name] = part(place)
+        result[name] = {**part(place), "revision": _versions()["revision"]}
         shutil.rmtree(place, ignore_errors=True)
         log(f"{name} ({time.perf_counter() - started:.1f} s): {json.dumps(result[name])}")
     config = {"rounds": options.rounds, "items": options.items, "smoke": smoke, "seed": 0}

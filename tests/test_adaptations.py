@@ -277,6 +277,19 @@ def test_kernels_follow_an_order_and_lose_no_class():
         prior.transfer(model, labels=True)
 
 
+def test_the_curvature_behind_kernels_is_not_lost_in_silence():
+    case = next(c for c in networks() if c.name == "mlp Categorical")
+    model = case.make_model(0)
+    prior = lifelong.fromp(Categorical(), memory=6).update(model, case.data[0])
+    other = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))(1)
+    with pytest.raises(StaleAnchorError, match="map them by parameters"):
+        prior.transfer(other, parameters={})
+    with pytest.warns(UserWarning, match="4 parameters"):
+        after = prior.transfer(other, parameters={}, allow_unmatched=True)
+    assert not any(bool(v.any()) for v in after.curvature.diagonal().values())
+    assert torch.isfinite(after(other))
+
+
 def test_distillation_leaves_memory_and_the_regulariser():
     """Nothing shared: R of the new model and D(f*, f) on what is remembered, nothing else."""
     case = next(c for c in networks() if c.name == "mlp Categorical")

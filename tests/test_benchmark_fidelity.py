@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
 
 ROOT = Path(__file__).parent.parent
 

@@ -36,6 +36,10 @@ K = (lambda A: A @ A.T)(RNG.normal(size=(12, 3)))
 GRID = np.linspace(-1, 1, 9)
 P = RNG.dirichlet(np.ones(3), 40)
 Y = RNG.integers(0, 3, 40)
+CURVES = {
+    "K-prior": ([1.0, 0.02, 0.1], [[0.9, 0.8, 0.85], [0.92, 0.7, 0.85]]),
+    "replay": (np.array([0.02, 0.1]), torch.tensor([[0.3, 0.6]])),
+}
 
 FUNCTIONS: dict[str, Callable[..., Figure]] = {
     "memorable images": lambda ax=None: plots.memorable_examples(IMAGES, SCORES, ax=ax),
@@ -50,6 +54,7 @@ FUNCTIONS: dict[str, Callable[..., Figure]] = {
     "evidence": lambda ax=None: plots.evidence_against_test(
         GRID + 2, GRID, GRID, axes=None if ax is None else [ax, ax.twinx()]
     ),
+    "memory": lambda ax=None: plots.memory_curves(CURVES, reference=[0.9, 0.94], ax=ax),
     "reliability": lambda ax=None: plots.reliability_diagram(
         P, Y, axes=None if ax is None else [ax, ax.twinx()]
     ),
@@ -574,6 +579,46 @@ class TestReliability:
         assert (bins.mean_confidence[used] >= edges[:-1][used] - 1e-12).all()
         assert (bins.mean_confidence[used] <= edges[1:][used] + 1e-12).all()
         assert bins.accuracy[~used].isnan().all()
+
+
+class TestMemoryCurves:
+    def test_draws_means_in_order_and_the_level(self) -> None:
+        ax = plots.memory_curves(CURVES, reference=[0.9, 0.94]).axes[0]
+        level, first, second = ax.lines
+        np.testing.assert_allclose(level.get_ydata(), 92)
+        np.testing.assert_allclose(first.get_xydata(), [[2, 75], [10, 85], [100, 91]])
+        np.testing.assert_allclose(second.get_xydata(), [[2, 30], [10, 60]])
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == ["batch", *CURVES]
+        assert "2 seeds; bands: ± 1 standard error" in texts(ax)
+
+    def test_the_band_is_a_standard_error(self) -> None:
+        figure = plots.memory_curves({"a": ([0.5], [[0.2], [0.4], [0.9]])}, legend=False)
+        (band,) = figure.axes[0].collections
+        ends = band.get_paths()[0].vertices[:, 1]
+        error = 100 * np.std([0.2, 0.4, 0.9], ddof=1) / math.sqrt(3)
+        np.testing.assert_allclose([ends.min(), ends.max()], [50 - error, 50 + error])
+        assert figure.axes[0].get_legend() is None
+
+    @pytest.mark.parametrize(
+        ("lines", "match"),
+        [
+            ({}, "1 to 6 lines, got 0"),
+            ({str(i): ([0.1], [[0.5]]) for i in range(7)}, "got 7"),
+            ({"a": ([0.0], [[0.5]])}, "must lie in"),
+            ({"a": ([2.0], [[0.5]])}, "must lie in"),
+            ({"a": ([0.1], [[-0.5]])}, "must lie in"),
+            ({"a": ([0.1], [[50.0]])}, "must lie in"),
+            ({"a": ([0.1], [[0.5, 0.5]])}, "accuracies of a must have shape"),
+            ({"a": (0.1, [[0.5]])}, "fractions of a must have shape"),
+        ],
+    )
+    def test_bad_input(self, lines: Any, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            plots.memory_curves(lines)
+
+    def test_not_finite(self) -> None:
+        with pytest.raises(NonFiniteError):
+            plots.memory_curves({"a": ([0.1], [[math.nan]])})
 
 
 def test_all_kinds_of_arrays() -> None:

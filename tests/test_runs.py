@@ -69,8 +69,8 @@ def test_every_preset_has_a_plan(name: Any) -> None:
     ("changes", "message"),
     [
         ({"set": ("strngth=10",), "prior": "ewc"}, "did you mean 'strength'"),
-        ({"set": ("strength=ten",), "prior": "ewc"}, "expected a number, got 'ten'"),
-        ({"set": ("strength=true",), "prior": "ewc"}, "expected a number, got True"),
+        ({"set": ("strength=ten",), "prior": "ewc"}, "expected a number or auto, got 'ten'"),
+        ({"set": ("strength=true",), "prior": "ewc"}, "expected a number or auto, got True"),
         ({"set": ("online=1",), "prior": "ewc"}, "expected true or false"),
         ({"set": ("estimator=fast",), "prior": "ewc"}, "expected exact or mc or empirical"),
         ({"set": ("score=lamda",), "prior": "fromp"}, "expected one of lambda"),

@@ -22,6 +22,7 @@ import lifelong
 from lifelong import Categorical, Memory, Prior, checkpoint
 from lifelong.errors import (
     ForgottenError,
+    StoreDamagedError,
     StoreError,
     StoreReadOnlyError,
     StoreVersionError,
@@ -282,7 +283,10 @@ def test_pages_meet_every_item_once(store: MemoryStore) -> None:
 def test_labels_of_other_types_are_found(store: MemoryStore) -> None:
     store.append(memory_of(torch.zeros(3, 1), 3, labels=torch.tensor([0.5, 1.0, 2.0])))
     store.append(memory_of(torch.zeros(2, 1), 2, labels=torch.tensor([[0.5, 1.0], [1.0, 1.0]])))
-    assert [store.count(Where(label=y)) for y in (0.5, 1, 3)] == [1, 1, 0]
+    third = torch.tensor([1 / 3, 1 / 3], dtype=torch.float64)
+    store.append(memory_of(torch.zeros(2, 1), 2, labels=third), ids=["x", "y"])
+    assert [store.count(Where(label=y)) for y in (0.5, 1, 3, 1 / 3)] == [1, 1, 0, 2]
+    store.drop(["x", "y"])
     assert store.items()[3].label == [0.5, 1.0]
     assert store.count(Where(kind="tensor")) == 5
     assert store.count(Where(kind="image")) == 0
@@ -350,6 +354,17 @@ def test_a_prior_whose_beliefs_changed_keeps_its_items(store: MemoryStore) -> No
     assert [v.size for v in store.history()] == [3, 3]
 
 
+def test_a_prior_of_another_make_is_told(store: MemoryStore, monkeypatch) -> None:
+    store.save_prior(prior_of(examples([1]), 1))
+
+    def refuse(state: Any) -> Prior:
+        raise KeyError("terms")
+
+    monkeypatch.setattr(Prior, "from_state_dict", refuse)
+    with pytest.raises(StoreDamagedError, match=r"the prior cannot be read \(KeyError"):
+        store.load_prior()
+
+
 def test_a_prior_goes_with_its_version(store: MemoryStore) -> None:
     with pytest.raises(ValueError, match="version 0 has no prior; store.history"):
         store.load_prior()
@@ -412,8 +427,9 @@ def test_compacting_takes_dropped_items_out_of_a_kernels_file(store: MemoryStore
     before = store.load_prior().state_dict()
     sizes = [p.stat().st_size for p in Path(store.path).glob("prior-*")]
     store.compact()
-    (smaller,) = [p.stat().st_size for p in Path(store.path).glob("prior-*")]
-    assert [smaller] < sizes
+    if not store.path.endswith(".lance"):  # there, a row
+        (smaller,) = [p.stat().st_size for p in Path(store.path).glob("prior-*")]
+        assert [smaller] < sizes
     assert same(store.load_prior().state_dict(), before)
     assert store.verify().findings == ()
 

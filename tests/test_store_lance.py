@@ -230,6 +230,16 @@ def test_a_lost_or_cut_file_is_an_error(folder: Path, part: str) -> None:
         origins(folder)
 
 
+def test_a_torn_last_commit_can_be_taken_off(folder: Path) -> None:
+    """As a power cut can leave it; Lance counts its versions down."""
+    manifest = min((folder / "_versions").glob("*.manifest"))
+    manifest.write_bytes(b"")
+    with pytest.raises(StoreDamagedError, match="cannot be read"):
+        origins(folder)
+    manifest.unlink()
+    assert origins(folder) == [1, 3, 4, 5, 6]
+
+
 def test_a_full_disk_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError("LanceError(IO): No space left on device (os error 28)")

@@ -237,7 +237,13 @@ class Learner:
         before = copy.deepcopy(model.state_dict())
         try:
             with self._adapting() as finish:
-                places = plan(self.prior.terms, model, names=parameters, **how)
+                places = plan(
+                    self.prior.terms,
+                    model,
+                    names=parameters,
+                    curvature=self.prior.curvature,
+                    **how,
+                )
                 prior = self.prior.transfer(
                     model,
                     parameters=parameters,

@@ -11,6 +11,7 @@ kernel_matrix                           who resembles whom, sorted by class (DNN
 predictive_bands                        what a 1-D regression does not know, and what is noise
 evidence_against_test                   does the training data's evidence find the best test loss?
 reliability_diagram                     does a confidence of 0.8 mean right in 80 % of the cases?
+memory_curves                           how much of the past must be kept to adapt to a change?
 
 Arrays are tensors, numpy arrays or nested lists. Figures are 4 inches wide, so that at 400 pixels
 the text is still legible, on white; ``savefig(..., transparent=True)`` leaves the ground out.
@@ -25,7 +26,7 @@ infinite, before anything is drawn; ImportError where matplotlib is missing (the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -589,6 +590,74 @@ def reliability_diagram(
     bottom.set(xlim=(0, 1), ylim=(0, None))
     top.tick_params(labelbottom=False)
     return figure
+
+
+def memory_curves(
+    lines: Mapping[str, tuple[Array, Array]],
+    *,
+    reference: Array | None = None,
+    reference_name: str = "batch",
+    title: str = "Accuracy after adapting",
+    y_name: str = "test accuracy (%)",
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Figure:
+    """Accuracy against the part of the past that is in memory, a line for each method.
+
+    lines: by name, at most 6, the fractions (F,) in (0, 1], in any order, and the accuracies
+    (S, F) in [0, 1] of S seeds there; reference: (S,) those of what keeps everything, a level.
+    Drawn are means, with bands of a standard error where there are two seeds or more.
+
+    Raises ValueError, too, for no line or more than 6, and for numbers outside of these ranges.
+    """
+    if not 1 <= len(lines) <= len(COLOURS):
+        raise ValueError(f"expected 1 to {len(COLOURS)} lines, got {len(lines)}")
+    curves, level, spread = [], None, np.zeros(1)
+    for name, (fractions, accuracy) in lines.items():
+        x = _numbers(fractions, f"the fractions of {name}", (None,))
+        y = _numbers(accuracy, f"the accuracies of {name}", (None, len(x)))
+        if x.min() <= 0 or x.max() > 1 or y.min() < 0 or y.max() > 1:
+            raise ValueError(
+                f"fractions must lie in (0, 1] and accuracies in [0, 1], got {_short(x.min())} to "
+                f"{_short(x.max())} and {_short(y.min())} to {_short(y.max())} for {name}"
+            )
+        order = np.argsort(x, kind="stable")
+        curves.append((100 * x[order], *_mean_and_error(100 * y[:, order])))
+    if reference is not None:
+        level, spread = _mean_and_error(100 * _numbers(reference, "reference", (None,))[:, None])
+    figure, ax = _place(ax, 2.9)
+    ax.set_xscale("log")
+    handles = []
+    if level is not None:
+        middle, half = float(level[0]), float(spread[0])
+        ax.axhspan(middle - half, middle + half, color=PLAIN, alpha=0.25, linewidth=0)
+        handles.append(ax.axhline(middle, color=INK, linewidth=1.1, linestyle=_DASHES[2]))
+    for i, (x, mean, error) in enumerate(curves):
+        ax.fill_between(x, mean - error, mean + error, color=COLOURS[i], alpha=0.2, linewidth=0)
+        (line,) = ax.plot(x, mean, color=COLOURS[i], linestyle=_DASHES[i], linewidth=1.5,
+                          marker=_MARKERS[i], markersize=3.6)  # fmt: skip
+        handles.append(line)
+    ticks = np.unique(np.concatenate([x for x, _, _ in curves]))
+    apart = [ticks[0]]  # on a log axis those closer than a quarter would overlap
+    for tick in ticks[1:]:
+        if tick >= 1.3 * apart[-1]:
+            apart.append(tick)
+    ax.set_xticks(apart, [f"{tick:.3g}" for tick in apart])
+    ax.minorticks_off()
+    seeds = max(np.shape(_plain(accuracy))[0] for _, accuracy in lines.values())
+    note = _count(seeds, "seed") + ("; bands: ± 1 standard error" if seeds > 1 else "")
+    _dress(ax, title, "past data in memory (%)", y_name, note)
+    if legend:
+        names = ([] if level is None else [reference_name]) + list(lines)
+        _legend(ax, handles, names)
+    return figure
+
+
+def _mean_and_error(values: Numbers) -> tuple[Numbers, Numbers]:
+    """Over the first dimension; the standard error of one value is not known, and drawn as 0."""
+    n = len(values)
+    error = values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(values.shape[1])
+    return values.mean(axis=0), error
 
 
 # ------------------------------------------------------------------------------ input, checked once

@@ -4,6 +4,10 @@ nothing yet; ``prior.update(model, data)`` after each task does the rest.
 All strengths are in nats of the past data, so 1 is Bayes' rule wherever a method has a Bayesian
 reading. The published codes mean five different things by lambda; ``docs/units.md`` converts.
 ``memory`` is a number of examples, bytes ("20MB") or ``Fidelity(0.95)``, see ``budget.py``.
+``strength="auto"`` is for curvatures that are fitted to data: ewc, online_ewc, online_laplace and
+gradient_reconstruction, whose default it is. The items of a memory have their weights from the
+numbers of examples (1, or N/M), SI's path integral is a fall of the loss itself, and FROMP's K is a
+covariance: there "auto" is refused.
 Where a preset departs from its released code, its docstring says so and why.
 """
 
@@ -18,7 +22,7 @@ from .budget import Given
 from .divergences import KL, Logit
 from .likelihoods import Likelihood
 from .prior import Prior
-from .recipe import Compact, Estimator, Fitted, Gradient, Recipe, require_strength
+from .recipe import Auto, Compact, Estimator, Fitted, Gradient, Recipe, require_strength
 from .terms import Regulariser
 
 
@@ -39,7 +43,7 @@ def weight_decay(likelihood: Likelihood, *, precision: float = 1.0) -> Prior:
 def ewc(
     likelihood: Likelihood,
     *,
-    strength: float = 1.0,
+    strength: float | Auto = 1.0,
     online: bool = False,
     discount: float = 1.0,
     estimator: Estimator = "exact",
@@ -51,6 +55,9 @@ def ewc(
     with a gradient at the newest weights, so it costs no more than one. online=True keeps the
     newest anchor alone, F <- discount F + F_new (Schwarz et al. 2018; Huszár 2018), which is what
     Laplace's method gives.
+
+    strength="auto" finds it for each task: F, at weights that are sure of their data, says next to
+    nothing (``lifelong.strength``).
 
     Departs from most released codes: F is the sum over examples of per-example quantities, exact
     over all labels by default, not the square of a mini-batch's mean gradient, so ``strength`` does
@@ -74,7 +81,7 @@ def online_laplace(
     likelihood: Likelihood,
     *,
     structure: Fitted = "diagonal",
-    strength: float = 1.0,
+    strength: float | Auto = 1.0,
     discount: float = 1.0,
     estimator: Estimator = "exact",
     precision: float = 1.0,
@@ -84,6 +91,7 @@ def online_laplace(
     With structure="diagonal" and precision=0 it is ``ewc(online=True)``. Exact for a Gaussian
     likelihood and a linear model with structure="dense". With
     "kronecker" the sum over tasks is exact: one product is kept for each (see docs/curvature.md).
+    strength="auto" finds it for each task, as ``ewc``.
     """
     recipe = Recipe(
         "online_laplace",
@@ -236,7 +244,7 @@ def gradient_reconstruction(
     replay: float = 0.0,
     blend: float = 0.0,
     population: bool = True,
-    strength: float = 1.0,
+    strength: float | Auto = "auto",
     structure: Fitted = "diagonal",
     gradient: Gradient = "stationary",
     precision: float = 0.0,
@@ -247,13 +255,14 @@ def gradient_reconstruction(
 
         strength ½ <d, G d> + w sum_M1 KL(p* ‖ p) + w sum_M2 l(y, f),   G of the examples not kept.
 
-    weight, function: leave out a part. replay: this fraction of the memory is kept by its true
-    label (M2), the rest by soft labels (M1). blend: every item mixes, (1 - blend) soft and blend
-    true. gradient: "stored" also keeps g, which is exact at anchors that are no minimum and costs
-    one more pass. population: an item stands for w = N / M examples of its task; False counts
-    every past example's curvature exactly once (w = 1). The two agree where all is kept. With a
-    small memory and a diagonal G, w = 1 leaves nearly everything to G, which a diagonal carries
-    badly, and it forgets more.
+    strength: "auto" finds it for each task from its data (``lifelong.strength``); it is 1 where 1
+    is exact; ``Prior.strengths`` tells. weight, function: leave out a part. replay: this fraction
+    of the memory is kept by its true label (M2), the rest by soft labels (M1). blend: every item
+    mixes, (1 - blend) soft and blend true. gradient: "stored" also keeps g, which is exact at
+    anchors that are no minimum and costs one more pass. population: an item stands for w = N / M
+    examples of its task; False counts every past example's curvature exactly once (w = 1). The two
+    agree where all is kept. With a small memory and a diagonal G, w = 1 leaves nearly everything
+    to G, which a diagonal carries badly, and it forgets more.
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -395,7 +404,11 @@ def separate(likelihood: Likelihood, *, precision: float = 0.0) -> Prior:
 
 
 def online_ewc(
-    likelihood: Likelihood, *, strength: float = 1.0, discount: float = 1.0, precision: float = 0.0
+    likelihood: Likelihood,
+    *,
+    strength: float | Auto = 1.0,
+    discount: float = 1.0,
+    precision: float = 0.0,
 ) -> Prior:
     """``ewc(online=True)`` under its own name."""
     prior = ewc(likelihood, strength=strength, online=True, discount=discount, precision=precision)

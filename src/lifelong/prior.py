@@ -81,7 +81,7 @@ class Prior:
 
     likelihood: of the outputs. recipe: see ``Recipe``. terms: summed. curvature: of the past
     data, where only the kernels of FROMP use it. num_data, num_tasks: what has been learned.
-    heads: the class sets that occurred.
+    heads: the class sets that occurred. strengths: of each task's curvature, given or found.
     """
 
     likelihood: Likelihood
@@ -91,6 +91,7 @@ class Prior:
     num_data: int = 0
     num_tasks: int = 0
     heads: tuple[Head | None, ...] = ()
+    strengths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require_likelihood(self.likelihood)
@@ -247,6 +248,7 @@ class Prior:
             num_data=self.num_data + other.num_data,
             num_tasks=self.num_tasks + other.num_tasks,
             heads=tuple(dict.fromkeys((*self.heads, *other.heads))),
+            strengths=self.strengths + other.strengths,
         )
 
     def __mul__(self, factor: float) -> Prior:
@@ -419,7 +421,7 @@ class Prior:
                 old, items, recipe, self.num_data, new, self.likelihood, generator
             )
         with evaluating(model):
-            curvature = recall.curvature(
+            curvature, strength = recall.curvature(
                 past.terms,
                 recipe,
                 over,
@@ -431,7 +433,7 @@ class Prior:
             g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
             shares = removal.grouped(
                 past.terms,
-                recipe,
+                recipe if strength is None else replace(recipe, strength=strength),
                 over,
                 groups,
                 held=held,
@@ -455,6 +457,7 @@ class Prior:
             num_data=past.num_data + new,
             num_tasks=past.num_tasks + 1,
             heads=tuple(dict.fromkeys((*past.heads, head))),
+            strengths=past.strengths if strength is None else (*past.strengths, strength),
         )
 
     def _memory_term(
@@ -620,7 +623,7 @@ class Prior:
             )
         return removal.forget(
             self.terms,
-            self.recipe,
+            self._settled(which.get("task")),
             over,
             model=model,
             likelihood=self.likelihood,
@@ -669,6 +672,16 @@ class Prior:
         if quadratic:
             terms.append(WeightTerm(snapshot(params), g, curvature, groups))
         return replace(self, terms=tuple(terms))
+
+    def _settled(self, task: int | None) -> Recipe:
+        """The recipe with the strength at which a task's curvature was added: the smallest one
+        where the task is not told, so that no more leaves G than went in."""
+        if self.recipe.strength != "auto":
+            return self.recipe
+        found = self.strengths
+        if task is not None and 0 <= task < len(found):
+            return replace(self.recipe, strength=found[task])
+        return replace(self.recipe, strength=min(found, default=1.0))
 
     def transfer(
         self,
@@ -725,6 +738,7 @@ class Prior:
             names=parameters,
             classes=classes,
             head=head,
+            curvature=curvature,
             previous=previous,
             allow_unmatched=allow_unmatched,
         )
@@ -750,7 +764,7 @@ class Prior:
             )
         if curvature is not None:
             curvature, lost = follow(curvature, how.current, how.places, leave=allow_unmatched)
-            behind += lost
+            behind += [n for n in (*how.lost, *lost) if n not in behind]
         if behind:
             warnings.warn(
                 f"the new model leaves behind what the past said of {len(behind)} parameters "
@@ -810,6 +824,7 @@ class Prior:
             "num_data": self.num_data,
             "num_tasks": self.num_tasks,
             "heads": [None if h is None else list(h) for h in self.heads],
+            "strengths": list(self.strengths),
         }
 
     @classmethod
@@ -824,6 +839,7 @@ class Prior:
             num_data=state["num_data"],
             num_tasks=state["num_tasks"],
             heads=tuple(None if h is None else tuple(h) for h in state["heads"]),
+            strengths=tuple(state["strengths"]),
         )
 
 

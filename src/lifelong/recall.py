@@ -25,7 +25,8 @@ from .likelihoods import Likelihood
 from .memory import Memory
 from .models import Params, forward, parameters
 from .path import PathIntegral
-from .recipe import Recipe
+from .recipe import Recipe, require_strength
+from .strength import beginning, find_strength
 from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 Terms = tuple[Regulariser | WeightTerm | MemoryTerm | KernelTerm, ...]
@@ -179,6 +180,13 @@ def _keys(
 # -------------------------------------------------------------------- curvature
 
 
+class Weighed(NamedTuple):
+    """curvature: G, the past's and the new; strength: of the new part. None where there is none."""
+
+    curvature: Curvature | None
+    strength: float | None
+
+
 def curvature(
     terms: Terms,
     recipe: Recipe,
@@ -188,15 +196,15 @@ def curvature(
     kept: Memory | None = None,
     evicted: Memory | None = None,
     path: PathIntegral | None = None,
-) -> Curvature | None:
-    """G of the examples that the weight term stands for.
+) -> Weighed:
+    """G of the examples that the weight term stands for, and how strongly the new ones count.
 
     extra: what the kernels held; kept: the new items; evicted: the old ones that had to leave,
-    whose curvature G carries from now on.
+    whose curvature G carries from now on, as strongly as that of the new examples.
     """
     old = total_curvature(terms, extra)
     if recipe.structure is None:
-        return old
+        return Weighed(old, None)
     if recipe.structure == "path":
         if path is None:
             raise ValueError(
@@ -204,19 +212,50 @@ def curvature(
                 "`with PathIntegral(model, optimizer, prior, num_data) as path:` and call "
                 "prior.update(model, data, path=path)"
             )
-        new: Curvature = path.curvature(recipe.path_damping) * recipe.strength
-        return new if old is None else old + new
+        new: Curvature = path.curvature(recipe.path_damping) * number(recipe.strength)
+        return Weighed(new if old is None else old + new, number(recipe.strength))
     # FROMP's covariance is of all data: there the curvature is not a term of the sum.
     leaves_out = recipe.exclude_memory and not recipe.kernel
     excluded = kept.origin if kept is not None and leaves_out else None
-    new = fit_curvature(recipe, over, exclude=excluded)
+    if recipe.strength == "auto":
+        new = fit_curvature(replace(recipe, strength=1.0), over, exclude=excluded)
+        found = _find_strength(terms, recipe, over, new, kept, excluded)
+        new, recipe = new * found, replace(recipe, strength=found)
+    else:
+        new = fit_curvature(recipe, over, exclude=excluded)
     if evicted is not None and leaves_out:
         for group, head in by_head(evicted):
             pair, w = (group.inputs, group.labels), group.soft_weight + group.hard_weight
             stood_for = None if recipe.population else w  # less than 1 where it was discounted
             of_group = replace(over, data=pair, head=head)
             new = new + fit_curvature(recipe, of_group, weights=stood_for)
-    return new if old is None else old + new
+    return Weighed(new if old is None else old + new, number(recipe.strength))
+
+
+def _find_strength(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass,
+    new: Curvature,
+    kept: Memory | None,
+    excluded: Tensor | None,
+) -> float:
+    start = next((t.anchor for t in terms if isinstance(t, WeightTerm)), None)
+    if start is None:
+        regulariser = next((t for t in terms if isinstance(t, Regulariser)), None)
+        start = beginning(parameters(over.model), regulariser)
+    return find_strength(
+        over.model,
+        over.data,
+        over.likelihood,
+        new,
+        start,
+        memory=None if kept is None else MemoryTerm(kept, recipe.divergence),
+        head=over.head,
+        exclude=excluded,
+        generator=over.generator,
+        batch_size=over.batch_size,
+    )
 
 
 def fit_curvature(
@@ -228,7 +267,7 @@ def fit_curvature(
 ) -> Curvature:
     """strength · sum_i w_i J*ᵀ H J* over one pass, in the recipe's structure.
 
-    Raises ValueError for a recipe without one, or with SI's path integral.
+    Raises ValueError for a recipe without one, with SI's path integral, or with strength "auto".
     """
     if recipe.structure is None or recipe.structure == "path":
         raise ValueError(f"structure {recipe.structure!r} is not fitted to data; name one that is")
@@ -246,7 +285,13 @@ def fit_curvature(
         batch_size=over.batch_size,
         **options,
     )
-    return new * recipe.strength
+    return new * number(recipe.strength)
+
+
+def number(strength: float | str) -> float:
+    """The strength, where one was given or found. Raises ValueError for "auto"."""
+    require_strength("strength", strength)
+    return float(strength)
 
 
 def total_curvature(terms: Terms, extra: Curvature | None = None) -> Curvature | None:

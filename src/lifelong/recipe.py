@@ -27,6 +27,7 @@ Gradient = Literal["stored", "carried", "stationary", "anchored", "none"]
 Kernel = Literal["gp", "identity"]
 Reference = Literal["joint", "separate"]
 Compact = Literal["em", "closed_form"]
+Auto = Literal["auto"]
 
 _CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
     {
@@ -41,8 +42,13 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
 )
 
 
-def require_strength(name: str, value: float) -> None:
-    """Raise ValueError where a strength is negative, NaN or infinite."""
+def require_strength(name: str, value: float | str) -> None:
+    """Raise ValueError where a strength is no number, negative, NaN or infinite."""
+    if isinstance(value, str):
+        raise ValueError(
+            f"{name} must be a number here, got {value!r}; only the strength of a curvature that "
+            "is fitted to data can be 'auto'"
+        )
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
@@ -57,7 +63,9 @@ class Recipe:
             integral) or None for no G. Sums over tasks are exact: Kronecker products and
             directions are kept beside each other.
         estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
-        strength: multiplies the curvature of each new task (EWC's lambda).
+        strength: multiplies the curvature of each new task (EWC's lambda). "auto" chooses it for
+            each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not
+            for "path" or with a kernel.
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
         exclude_memory: leave the examples that are kept out of G, so that none counts twice.
         path_damping: SI's xi.
@@ -93,7 +101,7 @@ class Recipe:
     structure: Structure | None = None
     rank: int = 20
     estimator: Estimator = "exact"
-    strength: float = 1.0
+    strength: float | Auto = 1.0
     discount: float = 1.0
     exclude_memory: bool = True
     path_damping: float = 0.1
@@ -127,8 +135,10 @@ class Recipe:
             self._require_curve()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        for name in ("strength", "soft", "hard", "distil", "jitter"):
+        for name in ("soft", "hard", "distil", "jitter"):
             require_strength(name, getattr(self, name))
+        if self.strength != "auto" or self.structure == "path" or self.kernel is not None:
+            require_strength("strength", self.strength)
         for name in ("path_damping", "kernel_precision", "compact_damping"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -174,7 +184,8 @@ class Recipe:
             population=self.population,
             divergence=self.divergence,
             structure=self.structure,
-            strength=self.strength,
+            # "auto" is found once the memory is chosen, and only ever raises it: 1 promises less.
+            strength=1.0 if self.strength == "auto" else self.strength,
             estimator=self.estimator,
             options={"rank": self.rank} if self.structure == "low_rank" else {},
             exclude=self.exclude_memory,

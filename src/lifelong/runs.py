@@ -25,7 +25,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -383,7 +383,7 @@ def _checked_settings(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _require_fits(what: str, value: Any, hint: Any) -> None:
-    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if not any(_fits(value, option) for option in options):
         names = " or ".join(_described_type(o) for o in options if o is not type(None))
         raise UsageError(f"{what}: expected {names}, got {value!r}")

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .curvature import Curvature
 from .curvature.follow import Place, Places, follow, followed
 from .data import Head
 from .errors import StaleAnchorError
@@ -76,12 +77,15 @@ def plan(
     names: Mapping[str, str] | None = None,
     classes: Classes | None = None,
     head: Sequence[str] | None = None,
+    curvature: Curvature | None = None,
     previous: nn.Module | None = None,
     allow_unmatched: bool = False,
 ) -> Plan:
     """See ``Prior.transfer`` for the arguments and what is raised."""
     current = {n: p.detach() for n, p in parameters(model).items()}
     known = next((t.anchor for t in terms if isinstance(t, WeightTerm)), None)
+    if known is None and curvature is not None:  # FROMP's, of which no term holds the anchor
+        known = curvature.diagonal()
     olds = known
     if olds is None:
         olds = current if previous is None else snapshot(parameters(previous))
@@ -130,7 +134,7 @@ def transfer(
 ) -> tuple[Terms, list[str]]:
     """(the terms for another model, the old parameters whose g or G were left behind)."""
     weights = [t for t in terms if isinstance(t, WeightTerm)]
-    if how.lost and weights and not allow_unmatched:
+    if how.lost and not allow_unmatched:
         raise StaleAnchorError(
             f"no trained parameter of the new model stands for {list(how.lost[:5])}; map them by "
             "parameters={new: old}, or pass allow_unmatched=True to leave behind what they said"

@@ -57,36 +57,45 @@ lifelong memory COMMAND --help says more about one of them.
 
 # Flags --------------------------------------------------------------------------------------------
 
+_ANY = arg(help_behavior_hint="(default: any)")
+_NONE = arg(help_behavior_hint="(default: none)")
 _Store = Annotated[Positional[str], arg(metavar="STORE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Output:
     """What every command takes."""
 
-    store: _Store
-    """Folder or address of the store."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
     debug: bool = False
     """Show the whole traceback of an error."""
+
+    def check(self) -> None:
+        """Raises UsageError for flags that do not go together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Output):
+    store: _Store
+    """Folder or address of the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selecting(Common):
     """Which items: all that is given must hold."""
 
-    ids: Annotated[str | None, arg(metavar="3,5,9|@FILE")] = None
+    ids: Annotated[str | None, arg(metavar="3,5,9|@FILE"), _ANY] = None
     """Items by number, or by the id that they were given (one of digits alone as id=17), with \
 commas between; @FILE reads them from a file, one or more a line."""
-    task: int | None = None
+    task: Annotated[int | None, arg(metavar="INT"), _ANY] = None
     """Items of this task; the first is 0."""
-    label: float | None = None
+    label: Annotated[float | None, arg(metavar="NUMBER"), _ANY] = None
     """Items with this label."""
-    text: str | None = None
+    text: Annotated[str | None, arg(metavar="TEXT"), _ANY] = None
     """Items with this in their id, note or text."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.ids is not None and self.where is not None:
             raise UsageError("give --ids, or --task, --label and --text, not both")
 
@@ -97,7 +106,7 @@ commas between; @FILE reads them from a file, one or more a line."""
         return {k: v for k, v in given.items() if v is not None} or None
 
 
-_Version = Annotated[int | None, arg(help_behavior_hint="(default: the newest)")]
+_Version = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the newest)")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +118,8 @@ class Ls(Selecting):
     offset: int = 0
     """How many to leave out before."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for name, least in (("limit", 1), ("offset", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -122,9 +131,9 @@ class Show(Common):
     """Its number, or its id (one of digits alone as id=17)."""
     version: _Version = None
     """As the memory was then."""
-    image: Annotated[Path | None, arg(metavar="FILE.png")] = None
+    image: Annotated[Path | None, arg(metavar="FILE.png"), _NONE] = None
     """Write its input there, as a PNG."""
-    shape: Annotated[str | None, arg(metavar="H,W|C,H,W")] = None
+    shape: Annotated[str | None, arg(metavar="H,W|C,H,W"), _NONE] = None
     """Of the image, where the item holds it as one long row of numbers."""
 
 
@@ -142,13 +151,15 @@ class DiffFlags(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import(Common):
+class Import(Output):
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, or the learner.safetensors of one of its seeds."""
     store: _Store
     """Folder or address of the store; made where it is missing."""
-    seed: int | None = None
+    seed: Annotated[int | None, arg(metavar="INT"), _NONE] = None
     """Which seed of the run; must be said where there are several."""
+    readmit: bool = False
+    """Also items that were forgotten."""
     message: str = ""
     """In words, for the history."""
 
@@ -187,7 +198,7 @@ class Compact(Common):
     keep: int = 1
     """How many of the newest versions stay."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.keep < 1:
             raise UsageError(f"--keep must be at least 1, got {self.keep}")
 
@@ -221,7 +232,30 @@ def memory(args: list[str]) -> int:
     command = COMMANDS[name]
     examples = "\nexamples:\n" + "".join(f"  lifelong memory {e}\n" for e in command.examples)
     prog = f"lifelong memory {name}"
-    return command.work(parse(command.flags, prog, command.about, examples, rest))
+    flags = parse(command.flags, prog, command.about, examples, rest)
+    flags.check()
+    try:
+        return command.work(flags)
+    except (ValueError, OSError) as error:
+        said = str(error)
+        for call, command_ in _SAYS.items():
+            said = said.replace(call, command_)
+        if said == str(error):
+            raise
+        raise type(error)(said) from error
+
+
+_SAYS = {  # what the library says to a program -> to a person at a terminal
+    "store.items() lists them, and store.forgotten(id) tells whether one was forgotten": (
+        "lifelong memory ls lists them"
+    ),
+    "store.history()": "lifelong memory history",
+    "store.items()": "lifelong memory ls",
+    "store.verify()": "lifelong memory verify",
+    "call lifelong": "run lifelong",
+    "open_store(path) makes one": "lifelong memory import RUN STORE makes one",
+    "pass readmit=True": "say --readmit",
+}
 
 
 # Look ---------------------------------------------------------------------------------------------
@@ -239,7 +273,7 @@ def _ls(flags: Ls) -> int:
             total, items = len(found), found[flags.offset : flags.offset + flags.limit]
         version = store.version if flags.version is None else flags.version
     if flags.json:
-        return _json({"version": version, "total": total, "items": [asdict(i) for i in items]})
+        return _json({"version": version, "total": total, "items": [_plainly(i) for i in items]})
     if not total:
         selected = flags.ids is not None or flags.where is not None
         _say("no item is like that" if selected else f"version {version} holds no items")
@@ -285,7 +319,7 @@ def _show(flags: Show) -> int:
         words = store.raw(item.item) if item.kind == "text" else None
         when = next((v.time for v in store.history() if v.number == item.since), None)
     if flags.json:
-        found_item = asdict(item) | {"memorised": when, "outputs": outputs, "soft_label": beliefs}
+        found_item = _plainly(item) | {"memorised": when, "outputs": outputs, "soft_label": beliefs}
         return _json(found_item | ({} if words is None else {"input": words}))
     from ..report.table import bytes_text
 
@@ -313,16 +347,20 @@ def _show(flags: Show) -> int:
     return 0
 
 
+def _plainly(item: Item) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if name != "layout"}
+
+
 def _beliefs(
     store: MemoryStore, item: Item, version: int | None
 ) -> tuple[list[float], list[float] | None]:
     """f*, and E[y | f*] by the likelihood of the prior that was saved with it; None without one."""
     remembered = store.memory([item.item], version=version, decode=lambda raw: _no_inputs(len(raw)))
     outputs = remembered.reference
-    number = store.version if version is None else version
-    if not any(v.prior for v in store.history() if v.number == number):
+    try:
+        likelihood = store.load_prior(version).likelihood
+    except ValueError:  # there is none, or it is damaged: ``verify`` tells
         return outputs[0].tolist(), None
-    likelihood = store.load_prior(version).likelihood
     mean = likelihood.mean(likelihood.mask(outputs, remembered.mask))
     return outputs[0].tolist(), mean[0].tolist()
 
@@ -471,6 +509,8 @@ def _import(flags: Import) -> int:
     from ..prior import Prior
 
     path = _learner_file(flags.run, flags.seed)
+    if Path(flags.store).is_file():
+        raise UsageError(f"{flags.store} is a file; a store is a folder")
     state = checkpoint.load(path, kind="learner")
     try:
         prior = Prior.from_state_dict(state["prior"])
@@ -478,7 +518,8 @@ def _import(flags: Import) -> int:
         raise CheckpointError(f"{path} holds a prior that cannot be read ({error!r})") from error
     size = 0 if prior.memory is None else len(prior.memory)
     with _opened(flags.store, "a") as store:
-        version = store.save_prior(prior, message=flags.message or f"imported from {flags.run}")
+        message = flags.message or f"imported from {flags.run}"
+        version = store.save_prior(prior, message=message, readmit=flags.readmit)
     if flags.json:
         return _json({"version": version, "items": size, "from": str(path)})
     if not size:
@@ -731,12 +772,12 @@ def _pages(
 
 def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None)
+    table = Table(title=title, box=None)
     words = ("", "id", "input", "what", "when", "prior", "numbers", "class")
     for column in columns:
-        table.add_column(column, justify="left" if column in words else "right")
+        whole = column == "when"
+        table.add_column(column, justify="left" if column in words else "right", no_wrap=whole)
     return table
 
 
@@ -749,8 +790,12 @@ def _plain(text: str) -> Any:
 
 def _print(table: Table) -> None:
     from rich.console import Console
+    from rich.text import Text
 
-    Console().print(table, highlight=False)
+    console = Console()
+    console.print(Text(str(table.title), "bold"))  # within the table it would wrap at its width
+    table.title = None
+    console.print(table, highlight=False)
 
 
 def _say(text: str) -> None:

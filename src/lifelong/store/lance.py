@@ -16,7 +16,7 @@ Erasing takes three steps, since Lance keeps what it deletes: rows are deleted, 
 rows written again whatever their share, and old versions of the table cleaned up whatever their
 age. If a kill comes in between, the next writer goes on from there.
 
-Of every item a few numbers are held in memory (some 300 bytes); labels, outputs and inputs are not.
+Of every item a few numbers are held in memory (about half a kilobyte); outputs and inputs are not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import secrets
 import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -435,10 +435,18 @@ class LanceStore:
             change = _Change(view, "compact", b"")
             oldest = max(0, change.number - keep)
             effective = max((n for n, _ in view.priors if n <= oldest), default=0)
+            lives = [x for x in view.lives if x[3] is None or x[3] > oldest]
+            priors = [p for p in view.priors if p[0] >= effective]
+            # A kernel in a prior has a row for each item, also of those that go now.
+            alive = {life[0] for life in lives}
+            new = {
+                name: self._without(view, change, name, alive.__contains__)
+                for name in {name for _, name in priors if name}
+            }
             change.event |= {
                 "oldest": oldest,
-                "lives": [x for x in view.lives if x[3] is None or x[3] > oldest],
-                "priors": [p for p in view.priors if p[0] >= effective],
+                "lives": lives,
+                "priors": [(n, new.get(name or "")) for n, name in priors],
                 "gone": sorted(view.tombstones.items()),
             }
             self._commit(view, change)
@@ -508,7 +516,7 @@ class LanceStore:
             change.event["died"] = sorted(gone)
             numbers = iter(rows)
             refer = scrub.map_memories(state, lambda holder: _refer(holder, next(numbers)))
-            change.write_prior(checkpoint.dumps(refer, kind="store"))
+            change.event["prior"] = change.put_prior(refer)
         return change.number
 
     def _known(self, view: _View) -> _Today:
@@ -611,15 +619,22 @@ class LanceStore:
         """How many older priors were given up, and whether today's held some of the items."""
         now = view.prior_of(change.number)
         older = len({digest for _, digest in view.priors if digest not in (None, now)})
-        change.event["renamed"] = [now, now]
-        if now is None:
-            return older, False
+        new = now
+        if now is not None:
+            new = self._without(view, change, now, lambda state: state not in erased)
+        change.event["renamed"] = [now, new]
+        return older, new != now
+
+    def _without(
+        self, view: _View, change: _Change, name: str, keeps: Callable[[int], bool]
+    ) -> str:
+        """The name of a prior that has only those states; the same where it had no others."""
         held = False
 
-        def without(holder: dict[str, Any]) -> dict[str, Any] | None:
+        def fewer(holder: dict[str, Any]) -> dict[str, Any] | None:
             nonlocal held
             refers = holder["memory"]
-            keep = torch.tensor([row not in erased for row in refers["rows"].tolist()]).bool()
+            keep = torch.tensor([keeps(row) for row in refers["rows"].tolist()]).bool()
             if keep.all():
                 return None
             held = True
@@ -629,11 +644,8 @@ class LanceStore:
                 changed["blocks"] = scrub.marginal(holder["blocks"], keep)
             return changed
 
-        state = scrub.map_memories(self._read_prior(view, now), without, _is_reference)
-        if held:
-            change.write_prior(checkpoint.dumps(state, kind="store"))
-            change.event["renamed"] = [now, change.event.pop("prior")]
-        return older, held
+        state = scrub.map_memories(self._read_prior(view, name), fewer, _is_reference)
+        return change.put_prior(state) if held else name
 
     # -------------------------------------------------------------------- read
 
@@ -1268,11 +1280,13 @@ class _Change:
         self._state += 1
         return self._state - 1
 
-    def write_prior(self, data: bytes) -> None:
+    def put_prior(self, state: Any) -> str:
+        """Its name."""
+        data = checkpoint.dumps(state, kind="store")
         name = hashlib.sha256(data).hexdigest()
         if name not in self.view.prior_at:
             self.rows.append({"commit": self.commit, "prior": name, "input": data})
-        self.event["prior"] = name
+        return name
 
     def table(self, schema: Any) -> Any:
         import pyarrow as pa

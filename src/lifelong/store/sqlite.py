@@ -474,23 +474,24 @@ class SqliteStore(Database):
         Raises ValueError where that version has no prior (of older ones ``forget`` removes them),
         StoreVersionError for a version that is not kept, StoreDamagedError.
         """
-        for attempt in range(3):  # a forget may remove the file after its name was read
+        try:
             try:
-                with self._reading() as con:
-                    state = self._prior_state(con, version)
-                return Prior.from_state_dict(state)
-            except FileNotFoundError as error:
-                if attempt == 2:
-                    raise StoreDamagedError(
-                        f"{error} is missing; restore it from a copy. The memory can be read "
-                        "without it"
-                    ) from error
-            except (KeyError, TypeError) as error:
-                raise StoreDamagedError(
-                    f"the prior cannot be read ({error!r}); upgrade lifelong, or use an older "
-                    "version"
-                ) from error
-        raise RuntimeError("unreachable")
+                return self._loaded(version)
+            except FileNotFoundError:  # a forget may remove it after its name was read: once more
+                return self._loaded(version)
+        except FileNotFoundError as error:
+            raise StoreDamagedError(
+                f"{error} is missing; restore it from a copy. The memory can be read without it"
+            ) from error
+        except (KeyError, TypeError) as error:
+            raise StoreDamagedError(
+                f"the prior cannot be read ({error!r}); upgrade lifelong, or use an older version"
+            ) from error
+
+    def _loaded(self, version: int | None) -> Prior:
+        with self._reading() as con:
+            state = self._prior_state(con, version)
+        return Prior.from_state_dict(state)
 
     def _prior_state(self, con: sqlite3.Connection, version: int | None) -> Any:
         at = self._require_version(con, version)
@@ -676,12 +677,14 @@ class SqliteStore(Database):
         """Those states' items in that order, each checked against its digests."""
         gathering = codec.Gathering(len(states))
         rows = con.execute(
-            f"SELECT {_WHOLE}, c.layout, c.digest, c.input FROM json_each(?) j "
-            "CROSS JOIN state s ON s.id = j.value CROSS JOIN content c ON c.id = s.item "
-            "ORDER BY j.key",
+            f"SELECT {_WHOLE}, s.id, c.layout, c.digest, c.input FROM json_each(?) j "
+            "CROSS JOIN state s ON s.id = j.value CROSS JOIN content c ON c.id = s.item",
             (json.dumps(states),),
         )
-        for *row, layout, check, data in rows:
+        # In the list's order, as the joins say; sorting would copy every input once more.
+        for wanted, (*row, number, layout, check, data) in zip(states, rows, strict=False):
+            if number != wanted:
+                break
             inputs = self._input_layout(con, layout)
             _require_digest(inputs.spec, (data,), check)
             gathering.put(inputs, data, self._state(con, row))
@@ -840,7 +843,7 @@ class SqliteStore(Database):
             column = self._state_layout(con, number).label
             if column.num_bytes != column.dtype.itemsize:
                 continue
-            value = torch.tensor([label]).to(column.dtype)
+            value = torch.tensor([label], dtype=torch.float64).to(column.dtype)
             if value.item() == label or value.is_floating_point():
                 found.append((number, column.rows(value)[0]))
         return found
@@ -1205,7 +1208,7 @@ def _version_digest(number: int, when: Any, kind: Any, message: Any) -> bytes:
 
 
 def _require_digest(spec: str, columns: Sequence[Any], expected: Any) -> None:
-    whole = all(isinstance(column, bytes) for column in columns)
+    whole = {*map(type, columns)} == {bytes}
     if not whole or codec.digest(spec, *columns) != expected:
         raise StoreDamagedError(
             "an item's bytes are not those that were written; restore the store from a copy, "

@@ -1,0 +1,166 @@
+r"""Strength without tuning: how far a quadratic at the learned weights falls short of the loss.
+
+A weight term says that the loss L of the examples it stands for grows by ½ <d, G d> when the
+weights move by d. Where a network is sure of its data G all but vanishes, and L grows far faster
+than that as soon as the weights move as far as learning moves them. The strength that Bayes' rule
+wants is the ratio of the two over such a move, and one such move is known: the one that has just
+been made. From the learned weights theta* back to where learning began, d = theta0 - theta*,
+
+    c = (L(theta0) - L(theta*) - <grad L(theta*), d>) / (½ <d, G d>).
+
+L falls on the way in as it will rise on the way out. Some properties:
+
+- It costs one pass with gradients over the task and two without.
+- It is in nats over nats: neither the number of examples nor the scale of G or of the weights
+  matters. c G says L's own value at theta0, so no strength can be too large by many orders.
+- It is exactly 1 where L is quadratic and G is its Hessian (a linear model with Gaussian noise and
+  a dense G), and so is every prior that is exact there. Where all examples are kept, G is 0.
+
+theta0 is the anchor of the prior. Before the first update nobody knows it: then it is halfway
+from theta* to the mean of the regulariser (0 if there is none), since a network moves about half
+of its norm when it is learned from fresh weights.
+
+With a memory, the weights will not move straight back: the memory holds them. So the way out is
+rehearsed: from theta0 the new items alone are learned, ``STEPS`` steps of Adam, each ``RATE`` of
+the root mean square of d. What the data still lose there is what the memory does not see and the
+weight term must say. That move is the worst of those the memory allows, while for small moves the
+curvature itself, c = 1, is right. The next task moves in between, and between two bounds of a
+positive number their geometric mean is wrong by the smallest factor at worst:
+
+    strength = max(1, c)  without memory,    sqrt(max(1, c))  with one.
+
+Never below 1, Bayes' rule with G as it is: a loss that grows less than its curvature on one way
+is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a relative: it shares the
+same fall of the loss out among the weights, where this takes the shares from G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .curvature import Curvature
+from .data import BATCH_SIZE, Data, Head
+from .jacobians import checked, differentiating, gradient, weighted_batches
+from .likelihoods import Likelihood
+from .models import Inputs, Params, evaluating, logits, parameters, snapshot
+from .terms import MemoryTerm, Regulariser
+
+STEPS = 100  # of the rehearsal
+RATE = 0.1  # its step, in root mean squares of the move: a few steps cross it
+_SMALLEST = 32  # items of memory in a step of the rehearsal, at least
+
+
+def find_strength(
+    model: nn.Module,
+    data: Data,
+    likelihood: Likelihood,
+    curvature: Curvature,
+    start: Params,
+    *,
+    memory: MemoryTerm | None = None,
+    head: Head | None = None,
+    exclude: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> float:
+    """The factor by which ``curvature``, of ``data`` at the model's weights, is to count.
+
+    start: where learning began. memory: the new items, kept beside the curvature. exclude: ids of
+    examples that the curvature leaves out. generator: of draws from a memory that is too large to
+    be read in every step. The model is left as it was.
+
+    1 where the weights did not move, the curvature is 0 on the way, or the loss at the other end
+    is no finite number. Raises as ``lifelong.jacobians.gradient``.
+    """
+    theta = snapshot(parameters(model))
+    with evaluating(model):
+        away = dict(start)
+        if memory is not None:
+            away = rehearse(model, theta, start, memory, likelihood, generator)
+        d = {n: away[n] - p for n, p in theta.items()}
+        predicted = 0.5 * float(curvature.quad(d))
+        if not predicted > 0:
+            return 1.0
+        over = {"head": head, "exclude": exclude, "batch_size": batch_size}
+        g = gradient(model, data, likelihood, **over)
+        linear = sum(float((g[n] * v).sum()) for n, v in d.items())
+        rise = _nats(model, away, data, likelihood, **over)
+        rise -= _nats(model, theta, data, likelihood, **over)
+    ratio = (rise - linear) / predicted
+    rounding = math.sqrt(torch.finfo(next(iter(theta.values())).dtype).eps)
+    if not math.isfinite(ratio) or ratio <= 1 + rounding:
+        return 1.0
+    return ratio if memory is None else math.sqrt(ratio)
+
+
+def beginning(theta: Mapping[str, Tensor], regulariser: Regulariser | None) -> Params:
+    """Where learning began, as far as can be told before the first update: halfway from theta to
+    the regulariser's mean."""
+    mean = (regulariser.mean if regulariser is not None else None) or {}
+    middle = {n: (p + mean[n]) / 2 if n in mean else p / 2 for n, p in theta.items()}
+    return snapshot(middle)
+
+
+def rehearse(
+    model: nn.Module,
+    theta: Params,
+    start: Params,
+    memory: MemoryTerm,
+    likelihood: Likelihood,
+    generator: torch.Generator | None = None,
+) -> Params:
+    """The weights that the remembered items alone lead to, from ``start``.
+
+    A step reads all items, or a hundredth of the examples that they stand for where that is
+    fewer: about one pass over the task in all.
+    """
+    items = memory.memory
+    stands_for = float(items.soft_weight.sum() + items.hard_weight.sum())
+    squares = sum(float((start[n] - p).square().sum()) for n, p in theta.items())
+    length = math.sqrt(squares / sum(p.numel() for p in theta.values()))
+    if not (length > 0 and stands_for > 0):
+        return dict(start)
+    size = min(len(items), max(_SMALLEST, int(stands_for / STEPS)))
+    moving = {n: start[n].clone().requires_grad_() for n in theta}
+    adam = torch.optim.Adam(list(moving.values()), lr=RATE * length)
+    with differentiating(model):
+        for _ in range(STEPS):
+            drawn = memory.draw(size if size < len(items) else None, generator)
+            f = _outputs(model, moving, drawn.inputs)
+            adam.zero_grad()
+            (memory.value(f, drawn, likelihood) / stands_for).backward()
+            adam.step()
+    return snapshot(moving)
+
+
+def _nats(
+    model: nn.Module,
+    params: Params,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    head: Head | None,
+    exclude: Tensor | None,
+    batch_size: int,
+) -> float:
+    """Sum of nll at these weights; infinity where an output is no finite number."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in weighted_batches(model, data, head, None, exclude, batch_size):
+            f = _outputs(model, params, batch.inputs)
+            if not bool(torch.isfinite(f).all()):
+                return math.inf
+            y, mask = checked(likelihood, f, batch)
+            total += float(likelihood.nll(likelihood.mask(f, mask), y).double().sum())
+    return total
+
+
+def _outputs(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """f (B, C) at other weights; the model's own stay where they are."""
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+    return logits(functional_call(model, dict(params), args, kwargs))

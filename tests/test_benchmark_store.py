@@ -1,0 +1,30 @@
+"""The comparison of stores, in its smoke setting: what each side gives back, and erases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import store
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "pixels"])
+def test_smoke(tmp_path: Path, kind: str) -> None:
+    store.main(["--out", str(tmp_path), "--smoke", "--kind", kind])
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json", "result.json", "versions.json", "log.txt"
+    }  # fmt: skip
+    found = json.loads((tmp_path / "result.json").read_text())[kind]
+    for part in (*found["append"].values(), found["read"], found["erase"]):
+        assert set(part) == set(store.SIDES)
+    for erased in found["erase"].values():
+        assert (erased["found_before"], erased["found_after"]) == (3, 0)
+        assert erased["others_lost"] == 0
+
+
+def test_the_search_finds_marks_at_any_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"x" + store.mark(1) + store.mark(2)[:-1])
+    (tmp_path / "empty").touch()
+    assert store.on_disk(tmp_path, [1, 2, 3]) == 1
