@@ -90,9 +90,9 @@ def unlearn(
     for networks a few steps of Adam on the memory are enough, see ``docs/unlearning.md``.
     step: start with one Newton step on the prior that is left, in the curvature of its weight term
     and its regulariser, theta - (G + delta I)⁻¹ nabla prior: at a minimum the first-order removal
-    (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass, and what a
-    few small steps do not reach, such as the weights of a class of which nothing is left.
-    method None: no more than that.
+    (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass.
+    method None: no more than that. Exact for a linear-Gaussian model with a dense G; with a
+    diagonal one it wrecks a network (``docs/unlearning.md``).
     retained: data to refit on in place of what memory and quadratic say of the past: slower,
     exact where convex.
 
