@@ -27,6 +27,8 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -500,16 +502,14 @@ def _most_chunks(anchor: Mapping[str, Tensor]) -> int:
 
 
 def _laplace(prior: Prior, model: nn.Module, sample: _Sample, anchor: Params) -> Posterior:
-    total: Curvature | None = None
     if sample.held is None:
         parts = [(data, head, 1.0) for data, head in sample.tasks]
     else:
         parts = [(data, head, weight) for _, data, head, weight in sample.pieces()]
-    for data, head, weight in parts:
-        new = diagonal_curvature(model, data, prior.likelihood, head=head) * weight
-        total = new if total is None else total + new
-    if total is None:
-        raise ValueError("the data hold no examples; pass a past with at least one")
+    total: Curvature = reduce(
+        add,
+        (diagonal_curvature(model, d, prior.likelihood, head=head) * w for d, head, w in parts),
+    )
     return Posterior(anchor, total, _precision(prior))
 
 
