@@ -85,7 +85,9 @@ def adaptations(name: str, record: Path) -> Figure:
 
 def main() -> None:
     record = max((HERE / "results").glob("*_adaptation"))
-    for name in json.loads((record / "result.json").read_text()):
+    for name, changes in json.loads((record / "result.json").read_text()).items():
+        if not PANELS.keys() <= changes.keys():
+            continue  # not finished yet
         figure = adaptations(name, record)
         figure.savefig(IMAGES / f"kprior-{name}.png", dpi=110)
         figure.savefig(record / f"{name}.svg")
