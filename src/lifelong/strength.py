@@ -23,9 +23,12 @@ of its norm when it is learned from fresh weights.
 With a memory, the weights will not move straight back: the memory holds them. So the way out is
 rehearsed: from theta0 the new items alone are learned, ``STEPS`` steps of Adam, each ``RATE`` of
 the root mean square of d. What the data still lose there is what the memory does not see and the
-weight term must say. The strength is max(1, c). Never below 1, Bayes' rule with G as it is: a loss that grows less than its curvature on one way
-is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a relative: it shares the
-same fall of the loss out among the weights, where this takes the shares from G.
+weight term must say.
+
+The strength is max(1, c), never below Bayes' rule with G as it is: a loss that grows less than its
+curvature on one way is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a
+relative: it shares the same fall of the loss out among the weights, where this takes the shares
+from G.
 """
 
 from __future__ import annotations
