@@ -23,15 +23,12 @@ of its norm when it is learned from fresh weights.
 With a memory, the weights will not move straight back: the memory holds them. So the way out is
 rehearsed: from theta0 the new items alone are learned, ``STEPS`` steps of Adam, each ``RATE`` of
 the root mean square of d. What the data still lose there is what the memory does not see and the
-weight term must say. That move is the worst of those the memory allows, while for small moves the
-curvature itself, c = 1, is right. The next task moves in between, and between two bounds of a
-positive number their geometric mean is wrong by the smallest factor at worst:
+weight term must say.
 
-    strength = max(1, c)  without memory,    sqrt(max(1, c))  with one.
-
-Never below 1, Bayes' rule with G as it is: a loss that grows less than its curvature on one way
-is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a relative: it shares the
-same fall of the loss out among the weights, where this takes the shares from G.
+The strength is max(1, c), never below Bayes' rule with G as it is: a loss that grows less than its
+curvature on one way is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a
+relative: it shares the same fall of the loss out among the weights, where this takes the shares
+from G.
 """
 
 from __future__ import annotations
@@ -95,7 +92,7 @@ def find_strength(
     rounding = math.sqrt(torch.finfo(next(iter(theta.values())).dtype).eps)
     if not math.isfinite(ratio) or ratio <= 1 + rounding:
         return 1.0
-    return ratio if memory is None else math.sqrt(ratio)
+    return ratio
 
 
 def beginning(theta: Mapping[str, Tensor], regulariser: Regulariser | None) -> Params:
