@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import lifelong
 from lifelong import (
@@ -210,3 +211,18 @@ def test_a_recipe_of_ones_own():
     assert prior.num_bytes == sum(t.num_bytes for t in prior.terms)
     scores = prior.identify(net(), DATA)
     assert bool((scores > 0).all())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_drawn_by_class_an_item_stands_for_its_own_class(whole):
+    """100, 20 and 6 examples, as many of each kept: sums over memory are unbiased all the same."""
+    labels = torch.tensor([0] * 100 + [1] * 20 + [2] * 6)
+    inputs = torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(0)).double()
+    data = Examples(inputs, labels) if whole else TensorDataset(inputs, labels)
+    model = torch.nn.Linear(4, 3).double()
+    prior = lifelong.kprior(lifelong.Categorical(), memory=9, population=True, score="random")
+    items = prior.memorise(model, data, generator=torch.Generator().manual_seed(0))
+    weights = [items.soft_weight[items.labels == c] for c in range(3)]
+    torch.testing.assert_close(
+        torch.stack([w.sum() for w in weights]), torch.tensor([100.0, 20.0, 6.0]).double()
+    )

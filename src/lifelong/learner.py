@@ -30,7 +30,7 @@ from .metrics import AccuracyMatrix, evaluate
 from .models import evaluating, forward, move, parameters, require_finite, rows, snapshot
 from .path import PathIntegral
 from .prior import Prior
-from .refit import Refit, refit
+from .refit import Refit, refit, steps_of_removal
 from .removal import OnIndefinite
 from .streams import Task
 from .terms import MemoryTerm, Regulariser
@@ -185,7 +185,9 @@ class Learner:
     ) -> Refit:
         """Unlearn examples: ``Prior.forget`` (which says what the arguments are), and a refit
         to what the others say. The soft labels of those are then asked for again, so that they
-        are of a model that did not see the examples. Raises as ``Prior.forget`` and ``add``."""
+        are of a model that did not see the examples. A network takes a few steps where method and
+        max_iterations are not given (``refit.steps_of_removal``). Raises as ``Prior.forget`` and
+        ``add``."""
         examples = data.train if isinstance(data, Task) else data
         with self._adapting() as finish:
             prior = self.prior.forget(
@@ -198,7 +200,9 @@ class Learner:
                 head=head,
                 on_indefinite=on_indefinite,
             )
-            done = refit(self.model, prior, **options)
+            chosen = (options.pop(name, default) for name, default in _OF_REFIT.items())
+            method, steps = steps_of_removal(self.model, prior, *chosen)
+            done = refit(self.model, prior, method=method, max_iterations=steps, **options)
             finish(prior.rebase(self.model), self.model)
         return done
 
@@ -551,3 +555,4 @@ class Learner:
 _parameters = parameters  # of a model: ``transfer`` has an argument of this name
 
 CHECKPOINT = "learner.safetensors"
+_OF_REFIT: dict[str, Any] = {"method": "auto", "max_iterations": None}

@@ -34,7 +34,18 @@ from .budget import Fidelity
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
 from .curvature.follow import follow
-from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
+from .data import (
+    BATCH_SIZE,
+    Data,
+    Examples,
+    Head,
+    as_data,
+    batches,
+    head_mask,
+    head_of,
+    num_examples,
+    require_repeatable,
+)
 from .divergences import Logit
 from .errors import ClippedWarning, StaleAnchorError
 from .groups import Groups
@@ -376,13 +387,14 @@ class Prior:
             generator=generator,
             batch_size=batch_size,
         )
-        stands_for = available / len(items) if recipe.population and not recipe.total else 1.0
-        soft = torch.full_like(items.soft_weight, recipe.soft * stands_for)
-        hard = torch.full_like(items.hard_weight, recipe.hard * stands_for)
+        stands_for = torch.ones_like(items.soft_weight)
+        if recipe.population and not recipe.total:
+            stands_for = _population(items, data, available, recipe)
+        soft, hard = recipe.soft * stands_for, recipe.hard * stands_for
         if recipe.replay_fraction:
             count = round(recipe.replay_fraction * len(items))
             replayed = torch.randperm(len(items), generator=generator)[:count].to(soft.device)
-            soft[replayed], hard[replayed] = 0.0, stands_for
+            soft[replayed], hard[replayed] = 0.0, stands_for[replayed]
         return items.weighted(soft, hard)
 
     def recall(
@@ -848,6 +860,24 @@ def _converted(term: Any, structure: Literal["diagonal", "dense"]) -> Any:
     if not isinstance(term, WeightTerm) or term.curvature is None:
         return term
     return replace(term, curvature=_convert(term.curvature, structure))
+
+
+def _population(items: Memory, data: Data, available: int, recipe: Recipe) -> Tensor:
+    """(M,) how many of the N examples each item stands for: N / M, and N_c / M_c of its class c
+    where items were drawn at random, as many of each class: else rare classes would count more."""
+    even = torch.full_like(items.soft_weight, available / len(items))
+    labels = items.labels
+    drawn = recipe.score == "random" and recipe.per_class
+    if not drawn or labels.ndim != 1 or labels.is_floating_point():
+        return even
+    data = as_data(data)
+    whole = isinstance(data, Examples)
+    every = data.labels if whole else torch.cat([batch.labels for batch in batches(data)])
+    classes, kept = labels.unique(return_counts=True)
+    found = torch.stack([(every == c).sum() for c in classes.to(every.device)]).to(even)
+    each = found / kept.to(even)
+    missed = available / found.sum()  # classes of which none was kept
+    return each[torch.searchsorted(classes, labels)] * missed
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:

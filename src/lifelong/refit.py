@@ -65,6 +65,7 @@ _IDLE = 10  # steps, or trials of a line search, without progress
 _INNER = 250  # Hessian products in one Newton step
 _STEPS = {"newton": 50, "lbfgs": 500}
 _EPOCHS = 20  # of Adam
+_REMOVAL = 10  # steps after a removal from a network
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,21 @@ def is_convex(model: nn.Module, prior: Prior, data: Data | None = None) -> bool:
     objective = _Objective(model, prior, data, None, BATCH_SIZE)
     with evaluating(model), torch.enable_grad():
         return objective.convex()
+
+
+def steps_of_removal(
+    model: nn.Module, prior: Prior, method: Method = "auto", max_iterations: int | None = None
+) -> tuple[Method, int | None]:
+    """(method, max_iterations) of the refit after a removal, where nobody chose them.
+
+    What was removed leaves g by its gradient at the anchor, -<J*ᵀ r, d>, which for a network holds
+    near the anchor alone and is not bounded below: a refit to the end leads the weights away
+    along all that the memory does not see. A few steps of L-BFGS take what can be trusted; where
+    the objective is convex the end is right, and nothing changes.
+    """
+    if method != "auto" or max_iterations is not None or is_convex(model, prior):
+        return method, max_iterations
+    return "lbfgs", _REMOVAL
 
 
 def _head(data: Data | None, head: Head | None) -> Head | None:

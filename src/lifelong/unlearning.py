@@ -41,7 +41,7 @@ from .models import (
     snapshot,
 )
 from .prior import Prior
-from .refit import Method, Refit, refit
+from .refit import Method, Refit, refit, steps_of_removal
 from .removal import OnIndefinite, Removal
 from .terms import Regulariser
 
@@ -85,9 +85,9 @@ def unlearn(
     """Forget the examples and refit ``model``, in place, from where it is: the anchor.
 
     Which examples, and on_indefinite: as ``Prior.forget``. method, max_iterations, tolerance, lr,
-    minibatch: as ``refit``; Newton where the problem is convex, which ends at the minimum that
-    retraining ends at, if the memory holds all examples (or the model is linear and Gaussian);
-    for networks a few steps of Adam on the memory are enough, see ``docs/unlearning.md``.
+    minibatch: as ``refit``; by default Newton where the problem is convex, which ends at the
+    minimum that retraining ends at, if the memory holds all examples (or the model is linear and
+    Gaussian), and ten steps of L-BFGS for a network (``refit.steps_of_removal`` says why).
     step: start with one Newton step on the prior that is left, in the curvature of its weight term
     and its regulariser, theta - (G + delta I)⁻¹ nabla prior: at a minimum the first-order removal
     (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass.
@@ -125,6 +125,8 @@ def unlearn(
         if step:
             _step(model, left)
         if method is not None:
+            if retained is None:
+                method, max_iterations = steps_of_removal(model, left, method, max_iterations)
             done = refit(
                 model,
                 objective,
