@@ -12,6 +12,7 @@ import torch
 
 from lifelong import adapted_runs, cli, runs
 from lifelong.adapted_runs import ADAPTATION, Remove, Transfer, adapt
+from lifelong.certificate import Certificate, create_key, digest_prior
 from lifelong.checkpoint import load
 from lifelong.learner import CHECKPOINT
 from lifelong.prior import Prior
@@ -136,6 +137,33 @@ def test_remove_a_class_and_compare(run, command):
     assert not Path("y", "seed-0").exists()
 
 
+def test_a_removal_is_certified(run, command):
+    """Signed, with its audit beside the network that was trained afresh; for each seed."""
+    create_key("audit.pem")
+    signed = ("--certificate", "--key", "audit.pem", "--note", "customer 7 asked")
+    args = ("remove", run, "--task", "1", "--label", "1", "--out", "y", "--compare")
+    code, out, _ = command(*args, *signed, *FEW)
+    assert code == 0
+    for seed in (0, 1):
+        paper = Certificate.load(f"y/seed-{seed}/certificate.json")
+        assert f"y/seed-{seed}/certificate.html" in out
+        assert paper.verify("audit.pem.pub").valid
+        assert paper.content["note"] == "customer 7 asked"
+        audit = paper.content["audit"]
+        assert audit["seconds"].keys() == {"unlearning", "retraining"}
+        assert audit["distances"]
+        ids = json.loads(Path("y", "config.json").read_text())["adaptations"]["steps"][-1]["ids"]
+        assert paper.content["removed"]["ids"] == [f"0:{i}" for i in ids["0"]]
+        assert paper.content["prior"]["after"] == digest_prior(prior_of(Path("y"), seed))
+
+
+def test_an_unsigned_certificate_says_so(run, command):
+    args = ("remove", run, "--task", "1", "--seed", "0", "--out", "y", "--certificate")
+    code, _, _ = command(*args, *FEW)
+    assert code == 0
+    assert "not signed" in Path("y/seed-0/certificate.html").read_text().lower()
+
+
 def test_a_chain_of_all_kinds(run, command):
     """Each starts from the folder of the last, whose network may be another."""
     new = np.random.default_rng(0).normal(size=(9, 2)).astype("float32")
@@ -212,6 +240,11 @@ def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypa
         (("remove", "RUN", "--task", "3"), "--task 3: the run has learned tasks 1 to 2"),
         (("remove", "nowhere", "--label", "1"), "there is no run in nowhere"),
         (("remove", "RUN", "--label", "1", "--seed", "5"), "no learner of seed 5; it has 0, 1"),
+        (("remove", "RUN", "--label", "1", "--note", "x"), "are of a certificate; give --certific"),
+        (
+            ("remove", "RUN", "--label", "1", "--certificate", "--key", "none.pem"),
+            "none.pem",
+        ),
         (("add", "RUN"), "say what to add: --from FILE, or --task N"),
         (("add", "RUN", "--task", "3"), "all are learned (2 tasks)"),
         (("add", "RUN", "--from", "none.npz"), "none.npz"),
