@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -165,9 +166,33 @@ def test_a_changed_model_needs_a_structure_that_follows(structure: Any) -> None:
     prior = lifelong.online_laplace(Categorical(), structure=structure).update(model, task(0))
     same = prior.transfer(model)
     assert nats(same, moved(net())) == pytest.approx(nats(prior, moved(net())), rel=1e-12)
+    names = {n.replace("0.", "body."): n for n, _ in model.named_parameters()}
+    renamed = nn.Sequential(OrderedDict([("body", model[0]), ("1", model[1]), ("2", model[2])]))
+    other = prior.transfer(renamed, parameters=names)
+    assert nats(other, moved(renamed)) == pytest.approx(nats(prior, moved(net())), rel=1e-12)
+    at = moved(net())
+    before = nats(prior, at)
     lifelong.widen(model, "2", 6)
-    with pytest.raises(ValueError, match="cannot follow a change of the model; use structure="):
-        prior.grow(model)
+    if structure in ("isotropic", "eigen_kronecker"):
+        with pytest.raises(ValueError, match="cannot follow a change of the model; pass structure"):
+            prior.grow(model)
+        with pytest.warns(UserWarning, match="leaves behind .*2.weight"):
+            left = prior.transfer(model, allow_unmatched=True)
+        assert not bool(curvature_of(left).diagonal()["2.weight"].any())
+        left.update(model, task(1))
+        for converted in ("diagonal", "dense"):
+            grown = prior.transfer(model, structure=converted)
+            assert grown.recipe.structure == converted
+            grown.update(model, task(1))
+        return
+    grown = prior.grow(model)
+    lifelong.widen(at, "2", 6)
+    with torch.no_grad():  # where the new rows are as at the anchor, nothing is new
+        at[2].weight[4:], at[2].bias[4:] = model[2].weight[4:], model[2].bias[4:]
+    new = sum(float(p[4:].detach().square().sum()) for p in (at[2].weight, at[2].bias))
+    precision = 0.0 if prior.regulariser is None else prior.regulariser.precision
+    assert nats(grown, at) - 0.5 * precision * new == pytest.approx(before, rel=1e-10)
+    grown.update(model, task(1))
 
 
 def test_recipes_that_do_not_fit() -> None:

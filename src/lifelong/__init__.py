@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from .data import Examples
     from .divergences import KL, Logit
     from .dnn2gp import GaussianProcess, pseudo_data
-    from .errors import CheckpointError, NonFiniteError, NotRepeatableError, StaleAnchorError
+    from .errors import (
+        CheckpointError,
+        NonFiniteError,
+        NotConvergedError,
+        NotRepeatableError,
+        StaleAnchorError,
+    )
     from .function_space import function_covariance, function_kernel
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
@@ -58,6 +64,7 @@ if TYPE_CHECKING:
     )
     from .prior import Prior
     from .recipe import Recipe
+    from .refit import Refit
     from .scores import identify
     from .sensitivity import (
         SensitivityTrace,
@@ -97,12 +104,14 @@ __all__ = [
     "Memory",
     "MemoryTerm",
     "NonFiniteError",
+    "NotConvergedError",
     "NotRepeatableError",
     "PathIntegral",
     "Poisson",
     "Posterior",
     "Prior",
     "Recipe",
+    "Refit",
     "Regulariser",
     "SensitivityTrace",
     "StaleAnchorError",
@@ -173,7 +182,13 @@ _MODULES = {
     "data": ("Examples",),
     "divergences": ("KL", "Logit"),
     "dnn2gp": ("GaussianProcess", "pseudo_data"),
-    "errors": ("CheckpointError", "NonFiniteError", "NotRepeatableError", "StaleAnchorError"),
+    "errors": (
+        "CheckpointError",
+        "NonFiniteError",
+        "NotConvergedError",
+        "NotRepeatableError",
+        "StaleAnchorError",
+    ),
     "function_space": ("function_covariance", "function_kernel"),
     "learner": ("Learner",),
     "likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Poisson"),
@@ -202,6 +217,7 @@ _MODULES = {
     ),
     "prior": ("Prior",),
     "recipe": ("Recipe",),
+    "refit": ("Refit",),  # the function has the name of its module: lifelong.refit.refit
     "scores": ("identify",),
     "sensitivity": (
         "SensitivityTrace",

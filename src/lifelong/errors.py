@@ -12,6 +12,10 @@ class NonFiniteError(ValueError):
     """A loss, an output or a gradient is NaN or infinite."""
 
 
+class NotConvergedError(ValueError):
+    """A minimisation ended no lower than it began."""
+
+
 class NotRepeatableError(ValueError):
     """Two passes over the data, or two forwards of the model, disagree."""
 

@@ -18,12 +18,13 @@ Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 from . import checkpoint, likelihoods, recall, removal
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
+from .curvature.follow import follow
 from .data import BATCH_SIZE, Data, Head, head_mask, head_of, num_examples, require_repeatable
 from .divergences import Logit
 from .errors import StaleAnchorError
-from .likelihoods import Bernoulli, Categorical, Likelihood, require_likelihood
+from .likelihoods import Likelihood, require_likelihood
 from .memory import Memory, memorise
 from .models import (
     Inputs,
@@ -64,7 +66,7 @@ from .terms import (
     term_state,
 )
 from .terms import to as move_term
-from .transfer import NewClasses, transfer_curvature
+from .transfer import Classes, NewClasses, plan, renamed_heads, require_classes
 from .transfer import transfer as _transfer
 
 _IN_MEMORY = (MemoryTerm, KernelTerm)
@@ -556,51 +558,133 @@ class Prior:
         )
         return replace(self, terms=terms, num_data=max(0, self.num_data - count))
 
+    def rebase(self, model: nn.Module) -> Prior:
+        """The same past, seen from the model's present weights, as ``update`` sees it, but without
+        new data: call it after a refit that ends an adaptation.
+
+        g becomes the gradient of the weight and function terms here, and soft labels are asked
+        for again where the recipe refreshes them; so what the old labels said of examples that
+        are gone is not kept. For a generalised linear model the prior is the same function; for
+        a network it keeps its value's gradient here. Kernels (FROMP) stay where they are.
+        Raises StaleAnchorError, NonFiniteError.
+        """
+        self._require_anchor(model)
+        with evaluating(model):
+            params = parameters(model)
+            curvature = recall.total_curvature(self.terms)
+            g = {n: torch.zeros_like(p) for n, p in params.items()}
+            terms: list[Any] = []
+            quadratic = any(isinstance(t, WeightTerm) for t in self.terms)
+            for term in self.terms:
+                if isinstance(term, WeightTerm):
+                    g = recall.plus(g, term.slope(params))
+                    continue
+                if isinstance(term, MemoryTerm) and self.recipe.refresh and term.has_soft:
+                    soft = replace(term, memory=term.memory.weighted(term.memory.soft_weight, 0.0))
+                    g, quadratic = recall.plus(g, recall.slope(soft, model, self.likelihood)), True
+                    term = replace(term, memory=term.memory.refresh(model))
+                terms.append(term)
+        if quadratic:
+            terms.append(WeightTerm(snapshot(params), g, curvature))
+        return replace(self, terms=tuple(terms))
+
     def transfer(
         self,
         model: nn.Module,
         *,
         parameters: Mapping[str, str] | None = None,
+        classes: Classes | None = None,
+        head: Sequence[str] | None = None,
         new_classes: NewClasses = "zero",
+        labels: bool | None = None,
+        structure: Literal["diagonal", "dense"] | None = None,
+        previous: nn.Module | None = None,
         allow_unmatched: bool = False,
     ) -> Prior:
-        """The same past for another model.
+        """The same past for another model: fewer or more layers, features, classes; other names.
 
-        Memory terms move unchanged. g, G and the anchor follow by name: ``parameters`` maps the
-        new model's names to the prior's (by default equal names), among the parameters that are
-        trained. One may hold fewer or more entries along any dimension: the common leading block
-        is kept. New entries, and new parameters, start with their present value as the anchor,
-        without gradient or curvature.
-        new_classes: what a remembered soft label says of outputs that it never saw: "zero"
-        probability, or "mask": nothing.
+        Memory terms move to any model. g, G and the anchor follow by name: ``parameters`` maps
+        the new model's names to the prior's (by default equal names; ``{}`` shares none), among
+        the parameters that are trained. One may hold fewer or more entries along any dimension:
+        the common leading block is kept. New entries, and new parameters, start with their
+        present value as the anchor, without gradient or curvature; R is on them as on the others.
 
-        Raises StaleAnchorError where names or dimensions do not match, unless
-        ``allow_unmatched``; ValueError for logits matched by squares (DER) with "zero", and for
+        classes: for each output of the model the old one, None for a new one; needed where
+        outputs are dropped or in another order. Examples of a dropped class leave memory, and
+        soft labels are renormalised over the others. head: the parameters whose rows are the
+        outputs; by default found by asking the model. new_classes: what a remembered soft label
+        says of outputs that it never saw: "zero" probability, or "mask": nothing.
+
+        labels: True turns remembered examples into replay of their true labels, which carries
+        their residuals to any model; False keeps their soft labels; by default True where some of
+        g cannot follow and memory holds all of the past, which is then exact for every change
+        (why: ``lifelong.transfer``). previous: the model that this prior was learned with, needed
+        where residuals of remembered examples must leave g (a class is dropped, or labels=True,
+        with a part of the past in memory). structure: convert G first, and in the recipe, to one
+        that follows everything. allow_unmatched: leave behind what cannot follow, with a
+        UserWarning that names it; where nothing is shared, memory alone is left: distillation.
+
+        Raises StaleAnchorError where names, dimensions or outputs do not match, unless
+        ``allow_unmatched``; ValueError for maps that name what does not exist or one thing twice,
+        for a curvature that cannot follow, for logits matched by squares (DER) with "zero", for
+        kernels or learned vectors that should lose a class, for a missing ``previous``, and for
         outputs that are no classes, which cannot be added to remembered ones.
         """
-        grows = new_classes == "zero" and any(
-            isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in self.terms
-        )
-        terms = _transfer(
-            self.terms,
+        terms, curvature, recipe = self.terms, self.curvature, self.recipe
+        if structure is not None:
+            if structure not in ("diagonal", "dense"):
+                raise ValueError(f"structure must be 'diagonal' or 'dense', got {structure!r}")
+            terms = tuple(_converted(t, structure) for t in terms)
+            curvature = None if curvature is None else _convert(curvature, structure)
+            recipe = replace(recipe, structure=structure) if recipe.structure else recipe
+        how = plan(terms, model, names=parameters, classes=classes, head=head)
+        grows = how.classes is not None and None in how.classes
+        squares = any(isinstance(t, MemoryTerm) and isinstance(t.divergence, Logit) for t in terms)
+        require_classes(self.likelihood, how.classes)
+        terms, behind = _transfer(
+            terms,
             model,
-            names=parameters,
-            new_classes="mask" if grows else new_classes,
+            how,
+            likelihood=self.likelihood,
+            recipe=recipe,
+            holds_all=self._holds_all,
+            new_classes=new_classes,
+            labels=labels,
+            previous=previous,
             allow_unmatched=allow_unmatched,
         )
-        if grows and terms_width(terms) != terms_width(self.terms):
+        if grows and squares and new_classes == "zero":
             raise ValueError(
                 "a logit has no value that means probability 0, so squared logits cannot say "
                 "that of a new class; pass new_classes='mask'"
             )
-        labels_grew = terms_width(terms) != terms_width(self.terms)
-        if labels_grew and not isinstance(self.likelihood, (Categorical, Bernoulli)):
-            raise ValueError(
-                f"remembered {type(self.likelihood).__name__} outputs have no value that says "
-                "nothing of a new output; keep the number of outputs, or start a fresh prior"
+        if curvature is not None:
+            curvature, lost = follow(curvature, how.current, how.places, leave=allow_unmatched)
+            behind += lost
+        if behind:
+            warnings.warn(
+                f"the new model leaves behind what the past said of {len(behind)} parameters "
+                f"({', '.join(behind[:5])}{', ...' if len(behind) > 5 else ''}) ; what is in "
+                "memory it keeps",
+                stacklevel=2,
             )
-        curvature = transfer_curvature(self.curvature, model, parameters)
-        return replace(self, terms=terms, curvature=curvature)
+        dropped = sum(len(t.memory) for t in self.terms if isinstance(t, _IN_MEMORY)) - sum(
+            len(t.memory) for t in terms if isinstance(t, _IN_MEMORY)
+        )
+        return replace(
+            self,
+            terms=terms,
+            curvature=curvature,
+            recipe=recipe,
+            num_data=max(0, self.num_data - dropped),
+            heads=renamed_heads(self.heads, how),
+        )
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether every past example is in memory."""
+        held = sum(len(t.memory) for t in self.terms if isinstance(t, _IN_MEMORY))
+        return self.num_data > 0 and held == self.num_data
 
     def grow(self, model: nn.Module, *, new_classes: NewClasses = "zero") -> Prior:
         """``transfer`` to the same model after its head was given more outputs."""
@@ -653,10 +737,14 @@ class Prior:
         )
 
 
-def terms_width(terms: Terms) -> set[int]:
-    """The numbers of outputs that the remembered beliefs are about."""
-    held = [t for t in terms if isinstance(t, _IN_MEMORY)]
-    return {t.memory.reference.shape[1] for t in held}
+def _convert(curvature: Curvature, structure: Literal["diagonal", "dense"]) -> Curvature:
+    return Diagonal(curvature.diagonal()) if structure == "diagonal" else curvature.dense()
+
+
+def _converted(term: Any, structure: Literal["diagonal", "dense"]) -> Any:
+    if not isinstance(term, WeightTerm) or term.curvature is None:
+        return term
+    return replace(term, curvature=_convert(term.curvature, structure))
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:

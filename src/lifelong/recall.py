@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import compact, select
 from .curvature import Curvature, estimate
-from .data import Data, Head
+from .data import BATCH_SIZE, Data, Head
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
 from .memory import Memory
@@ -311,16 +311,22 @@ def _own_slope(memory: Memory, recipe: Recipe, over: Pass) -> Params:
 
 
 def _memory_slope(term: MemoryTerm, over: Pass) -> Params:
+    return slope(term, over.model, over.likelihood, over.batch_size)
+
+
+def slope(
+    term: MemoryTerm, model: nn.Module, likelihood: Likelihood, batch_size: int = BATCH_SIZE
+) -> Params:
     """The gradient of a memory term, a batch at a time; ``.grad`` is left alone."""
-    params = parameters(over.model)
+    params = parameters(model)
     total = {n: torch.zeros_like(p) for n, p in params.items()}
-    for start in range(0, len(term.memory), over.batch_size):
-        part = replace(term, memory=term.memory[slice(start, start + over.batch_size)])
+    for start in range(0, len(term.memory), batch_size):
+        part = replace(term, memory=term.memory[slice(start, start + batch_size)])
         if not (part.has_soft or part.has_hard):
             continue
         with torch.enable_grad():
-            f = forward(over.model, part.memory.inputs)
-            value = part.value(f, part.memory, over.likelihood)
+            f = forward(model, part.memory.inputs)
+            value = part.value(f, part.memory, likelihood)
         grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
         for n, grad in zip(params, grads, strict=True):
             if grad is not None:
