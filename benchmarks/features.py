@@ -2,9 +2,9 @@
 
     python -m benchmarks.features --data DIR --out DIR [animals clinc150]
 
-Writes ``animals30-{train,test}.npz`` (EfficientNet-Lite0, 1280 features; of each animal's 30 photos
-the last 8 are for the test) and ``clinc150-{train,val,test}.npz`` (MiniLM, 384 features, mean of the
-tokens, unit length), float32, with the labels and the position of each example in its file as id.
+Writes ``animals30-{train,test}.npz`` (EfficientNet-Lite0, 1280 features; the last 8 of each animal's
+30 photos are for the test) and ``clinc150-{train,val,test}.npz`` (MiniLM, 384 features, mean of
+the tokens, unit length), float32, with the labels and the position of each example in its file as id.
 The networks come with the extra ``features``; their weights lie in the packages.
 """
 
@@ -69,7 +69,9 @@ def clinc150(data: Path, out: Path) -> None:
             mean = (states * mask).sum(1) / mask.sum(1)
             features[index] = torch.nn.functional.normalize(mean, dim=1).numpy()
         domain = table["domain"].to_numpy()
-        _write(out / f"clinc150-{split}.npz", features, labels, np.arange(len(texts)), domain=domain)
+        _write(
+            out / f"clinc150-{split}.npz", features, labels, np.arange(len(texts)), domain=domain
+        )
 
 
 def _efficientnet() -> torch.nn.Module:
@@ -86,7 +88,9 @@ def _photo(content: bytes) -> torch.Tensor:
     """(3, 224, 224), as the network was trained: (x - 127) / 128."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     scale = SIZE / min(image.size)
-    image = image.resize([max(SIZE, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(
+        [max(SIZE, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC
+    )
     left, top = ((s - CROP) // 2 for s in image.size)
     image = image.crop((left, top, left + CROP, top + CROP))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
