@@ -2,9 +2,9 @@
 
     python -m benchmarks.features --data DIR --out DIR [animals clinc150]
 
-Writes ``animals30-{train,test}.npz`` (EfficientNet-Lite0, 1280 features; the last 8 of each animal's
-30 photos are for the test) and ``clinc150-{train,val,test}.npz`` (MiniLM, 384 features, mean of
-the tokens, unit length), float32, with the labels and the position of each example in its file as id.
+Writes ``animals30-{train,test}.npz`` (EfficientNet-Lite0, 1280 features; the last 8 of each
+animal's 30 photos are for the test) and ``clinc150-{train,val,test}.npz`` (MiniLM, 384 features,
+mean of the tokens, unit length), float32, with the labels and, as id, the position in the file.
 The networks come with the extra ``features``; their weights lie in the packages.
 """
 
