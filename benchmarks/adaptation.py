@@ -32,6 +32,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -387,7 +388,9 @@ def train(cell: Cell, task: Task, solver: Solver, trace: Trace) -> nn.Module:
         return model
     prior = remembered(cell, task)
     if change.new_model is not None:
-        prior = prior.transfer(model, parameters=names, allow_unmatched=not change.shared)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is left behind is the experiment
+            prior = prior.transfer(model, parameters=names, allow_unmatched=not change.shared)
     if task.removed is not None:
         gone = change.before[torch.isin(change.before.ids, task.removed)]
         if cell.method.endswith(KEPT):

@@ -363,7 +363,7 @@ def test_a_memory_by_sensitivity():
         model,
         data,
         CATEGORICAL,
-        size=5,
+        budget=5,
         per_class=False,
         score="sensitivity",
         variance=variance,

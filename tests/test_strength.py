@@ -74,7 +74,7 @@ def test_it_is_exactly_1_for_a_linear_model_with_gaussian_noise(
     structure: str, memory: int
 ) -> None:
     model, data = LINEAR.make_model(3), LINEAR.data[0]
-    kept = memorise(model, data, LINEAR.likelihood, size=memory) if memory else None
+    kept = memorise(model, data, LINEAR.likelihood, budget=memory) if memory else None
     out = None if kept is None else kept.origin
     G = estimate(model, data, LINEAR.likelihood, structure=structure, exclude=out)  # type: ignore[arg-type]
     term = None if kept is None else MemoryTerm(kept)
@@ -179,7 +179,7 @@ def test_a_rehearsal_brings_the_memory_back_and_ends_below_the_plain_ratio() -> 
     likelihood, data = Categorical(), task(size=200)
     model = fitted(net(), data, likelihood)
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
-    term = MemoryTerm(memorise(model, data, likelihood, size=20, score="random"))
+    term = MemoryTerm(memorise(model, data, likelihood, budget=20, score="random"))
     start = elsewhere(model, 1.0)
     away = rehearse(model, theta, start, term, likelihood)
 
@@ -204,7 +204,7 @@ def test_it_is_1_where_nothing_can_be_told() -> None:
     model, data, likelihood = net(), task(), Categorical()
     G = estimate(model, data, likelihood, structure="diagonal")
     here = {n: p.detach() for n, p in model.named_parameters()}
-    term = MemoryTerm(memorise(model, data, likelihood, size=4))
+    term = MemoryTerm(memorise(model, data, likelihood, budget=4))
     assert find_strength(model, data, likelihood, G, here) == 1.0
     assert find_strength(model, data, likelihood, G, here, memory=term) == 1.0
     assert find_strength(model, data, likelihood, G * 0.0, elsewhere(model)) == 1.0
@@ -218,7 +218,7 @@ def test_it_is_1_where_nothing_can_be_told() -> None:
 
 def test_the_model_is_left_as_it_was_and_draws_repeat() -> None:
     model, data, likelihood = net().train(), task(size=200), Categorical()
-    items = memorise(model, data, likelihood, size=100, score="random", generator=_generator())
+    items = memorise(model, data, likelihood, budget=100, score="random", generator=_generator())
     term, start = MemoryTerm(items), elsewhere(model)
     G = estimate(model, data, likelihood, structure="diagonal") * 0.01
     with laws.untouched(model):
