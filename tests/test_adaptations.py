@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from inspect import signature
 from itertools import permutations
@@ -141,6 +142,17 @@ class Lifted(nn.Module):
         return self.linear(torch.cat([x, x.square()], dim=1))
 
 
+class Renamed(nn.Module):
+    """A linear model by another name."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(features, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_any_other_linear_model_with_full_memory(name):
     """Features that were not there before: g knows nothing of them, the labels do."""
@@ -152,6 +164,56 @@ def test_any_other_linear_model_with_full_memory(name):
     assert laws.transfer_by_labels(case, other, parameters={}) < 1e-8
     shared = {"linear.weight": "weight", "linear.bias": "bias"}
     assert laws.transfer_by_labels(case, other, parameters=shared) < 1e-8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_group_leaves_another_linear_model(name):
+    """Memory holds all: g and G stay behind, whose example each was does not."""
+    case = CASES[name]
+    data, model = case.data[0], case.make_model(0)
+    groups = torch.arange(len(data)) % 3
+    prior = exact(name)
+    refit(model, prior, data)
+    prior = prior.update(model, data, groups=groups)
+    other = build(lambda: Lifted(4, len(model.weight)))(3)
+    prior = prior.transfer(other, parameters={}, allow_unmatched=True)
+    refit(other, prior)
+    prior = prior.rebase(other).forget(other, groups=[1])
+    assert prior.weight.groups.known == {0, 2}
+    refit(other, prior)
+    rest = data[(groups != 1).nonzero().squeeze(1)]
+    batch = laws.retrained(case, other, prior.regulariser, rest)
+    assert laws.distance(laws.weights(other), laws.weights(batch)) < 1e-8
+
+
+def test_a_group_goes_with_its_class():
+    case = CASES["multinomial"]
+    data, model = case.data[0], case.make_model(0)
+    prior = exact("multinomial").update(model, data, groups=data.labels)
+    smaller = build(lambda: nn.Linear(4, 2))(1)
+    after = prior.transfer(smaller, classes=(0, 1), previous=model)
+    assert len(after.weight.groups.members) == len(after.memory)
+    assert after.weight.groups.known == {0, 1}
+    left = after.forget(smaller, groups=[0])
+    assert bool((left.memory.labels == 1).all())
+
+
+def test_a_part_in_memory_leaves_what_was_shared_and_keeps_whose_it_is():
+    """With labels=True what is remembered can leave a model that shares nothing."""
+    case = CASES["multinomial"]
+    data, model = case.data[0], case.make_model(0)
+    prior = exact("multinomial")
+    prior = replace(prior, recipe=replace(prior.recipe, memory=6))
+    groups = torch.arange(len(data)) % 3
+    prior = prior.update(model, data, groups=groups)
+    other = build(lambda: Lifted(4, 3))(3)
+    with pytest.warns(UserWarning, match="leaves behind"):
+        after = prior.transfer(other, parameters={}, labels=True, allow_unmatched=True)
+    left = after.forget(other, groups=[1])
+    assert left.num_data == int((groups != 1).sum())
+    stays = after.memory[(groups[after.memory.origin] != 1).nonzero().squeeze(1)]
+    assert torch.equal(left.memory.origin, stays.origin)
+    assert not any(bool(v.any()) for v in left.weight.gradient.values())
 
 
 @pytest.mark.parametrize("kept", [(0, 2), (2, 0), (1, 2), (2, 1, 0)], ids=str)
@@ -401,6 +463,78 @@ def test_without_a_memory_the_head_must_be_named():
     torch.testing.assert_close(
         after.weight.anchor["2.weight"], prior.weight.anchor["2.weight"][[2, 0]]
     )
+
+
+@pytest.mark.parametrize("structure", ["dense", "block", "kronecker"])
+def test_without_a_memory_leading_classes_are_kept_as_others_are(structure):
+    """No weight of a class that is dropped counts as 0, wherever its rows lay."""
+    torch.manual_seed(0)
+    data = Examples(torch.randn(20, 4).double(), torch.arange(20) % 3)
+    model, smaller = nn.Linear(4, 3).double(), nn.Linear(4, 2).double()
+    recipe = Recipe(structure=structure, memory=0)
+    prior = Prior(Categorical(), recipe, (Regulariser(0.5),)).update(model, data)
+    with pytest.raises(ValueError, match="name them: head="):
+        prior.transfer(smaller, classes=(0, 1))
+    head = ("weight", "bias")
+    leading = prior.transfer(smaller, classes=(0, 1), head=head)
+    turned = prior.transfer(smaller, classes=(1, 0), head=head)
+    at = laws.moved(smaller)
+    torch.testing.assert_close(leading(at), turned.transfer(at, classes=(1, 0), head=head)(at))
+    assert torch.equal(leading.weight.gradient["bias"], prior.weight.gradient["bias"][:2])
+
+
+def test_a_bias_that_is_dropped_counts_as_0():
+    """As a feature does: what is left is the model that never had one."""
+    case = CASES["linear-gaussian"]
+    prior = exact("linear-gaussian")
+    prior = replace(prior, recipe=replace(prior.recipe, memory=0))
+    _, prior = laws.learn(prior, case, tasks=2)
+    other = build(lambda: First(4, 2, bias=False))(1)
+    with pytest.warns(UserWarning, match=r"leaves behind .*bias"):
+        after = prior.transfer(other, allow_unmatched=True)
+    refit(other, after)
+    batch = laws.retrained(case, other, prior.regulariser, *case.data[:2])
+    assert laws.distance(laws.weights(other), laws.weights(batch)) < 1e-8
+
+
+def test_a_bias_that_is_frozen_stays_at_its_anchor():
+    model, prior = laws.learn(exact("linear-gaussian"), CASES["linear-gaussian"], tasks=1)
+    for other, names in (
+        (deepcopy(model), None),
+        (Renamed(4, 2).double(), {"fc.weight": "weight"}),
+    ):
+        layer = other.fc if names else other
+        layer.bias.requires_grad_(False)
+        with pytest.warns(UserWarning, match=r"leaves behind .*bias"):
+            after = prior.transfer(other, parameters=names, labels=False, allow_unmatched=True)
+        (moved,) = after.weight.gradient.values()
+        assert torch.equal(moved, prior.weight.gradient["weight"])
+
+
+def test_a_module_that_is_gone_stays_at_its_anchor():
+    """A layer in the middle is no sum of which a part could be 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    other = nn.Sequential(nn.Linear(3, 3)).double()
+    data = Examples(torch.randn(12, 3).double(), torch.arange(12) % 3)
+    recipe = Recipe(structure="dense", memory=0)
+    prior = Prior(Categorical(), recipe, (Regulariser(0.5),)).update(model, data)
+    with pytest.warns(UserWarning, match="2 parameters"):
+        after = prior.transfer(other, allow_unmatched=True)
+    assert torch.equal(after.weight.gradient["0.weight"], prior.weight.gradient["0.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_class_is_finite_in_a_smaller_dtype(dtype):
+    case = CASES["multinomial"]
+    model, prior = laws.learn(lifelong.kprior(Categorical(), memory=8), case, tasks=1)
+    wider = build(lambda: nn.Linear(4, 5))(1)
+    with torch.no_grad():
+        wider.weight[:3], wider.bias[:3] = model.weight, model.bias
+    after = prior.transfer(wider)
+    value = after(wider)
+    small = after.to(dtype=dtype)(wider.to(dtype))
+    assert small.item() == pytest.approx(value.item(), rel=8 * torch.finfo(dtype).eps)
 
 
 def test_anchors_that_differ_cannot_give_residuals_back():

@@ -128,3 +128,19 @@ def test_shares_of_groups_follow(kind):
     rest = data[(groups != 1).nonzero().squeeze(1)]
     batch = laws.retrained(case, model, prior.regulariser, rest)
     assert laws.distance(laws.weights(model), laws.weights(batch)) < 1e-8
+
+
+@pytest.mark.parametrize("to", ["diagonal", "dense"])
+@pytest.mark.parametrize("structure", ["eigen_kronecker", "kronecker", "low_rank", "block"])
+def test_shares_of_groups_are_converted_with_their_sum(structure, to):
+    """Convert, then forget a group = forget it, then convert."""
+    case = linear_gaussian()
+    data, model = case.data[0], case.make_model(0)
+    groups = torch.arange(len(data)) % 2
+    recipe = Recipe(structure=structure, rank=40, memory=0)
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),)).update(model, data, groups=groups)
+    before = prior.forget(model, groups=[1]).transfer(model, structure=to)
+    after = prior.transfer(model, structure=to).forget(model, groups=[1])
+    at = laws.moved(model)
+    torch.testing.assert_close(after(at), before(at))
+    assert type(after.weight.groups.shares[0].curvature) is type(after.weight.curvature)

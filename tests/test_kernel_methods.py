@@ -671,6 +671,26 @@ def test_costs_are_counted():
     assert less.cost.seconds > 0
 
 
+def test_what_is_known_of_the_others_does_not_go_with_the_memory():
+    batch = task(Gaussian(0.3), 30)
+    prior = KernelPrior(RBF(1.0), Gaussian(0.3)).update(batch).memorise(6)
+    with pytest.raises(ValueError, match="known of the 24 others"):
+        prior.forget(prior.beliefs.ids)  # type: ignore[union-attr]
+    empty = prior.forget(batch.ids, batch)
+    assert empty.num_data == 0
+    assert empty.beliefs is None
+
+
+def test_an_id_that_was_dropped_names_the_example_that_got_it_next():
+    batch = task(Gaussian(0.3), 30)
+    prior = KernelPrior(RBF(1.0), Gaussian(0.3)).update(batch).memorise(6)
+    free = batch.ids[~torch.isin(batch.ids, prior.beliefs.ids)][:2]  # type: ignore[union-attr]
+    other = task(Gaussian(0.3), 2, seed=4)
+    again = prior.update(other, ids=free).forget(free)
+    x = normal(5, 3, seed=9)
+    torch.testing.assert_close(again.machine(x), prior.machine(x))
+
+
 def test_forgetting_everything_leaves_the_regulariser():
     prior, batch = learned("logistic")
     empty = prior.forget(batch.ids)

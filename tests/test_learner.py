@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,21 @@ def test_what_is_not_trained_follows_by_name():
     learner.transfer(other, max_iterations=2)
     assert torch.equal(other[1].running_mean, statistics)
     assert torch.equal(other[0].bias, bias)
+
+
+def test_what_is_trained_here_alone_follows_by_name(monkeypatch):
+    """The refit starts from a body that was frozen and is trained now, or the other way round."""
+    monkeypatch.setattr("lifelong.learner.refit", lambda *_, **__: None)
+    for before, now in ((False, True), (True, False)):
+        learner = Learner(mlp(), lifelong.kprior(Categorical(), memory=6))
+        learner.model[0].requires_grad_(before)
+        learner.learn(stream()[0])
+        model, other = learner.model, mlp()
+        other[0].requires_grad_(now)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was trained and is frozen leaves g behind
+            learner.transfer(other, allow_unmatched=True)
+        assert same(weights(other), weights(model))
 
 
 def test_a_few_examples_are_all_kept():

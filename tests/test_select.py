@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lifelong import Categorical, Recipe, select
+from lifelong import Bernoulli, Categorical, Recipe, select
 from lifelong.data import Batch
 from lifelong.memory import Memory, remember
 from lifelong.recall import merge
@@ -149,6 +149,18 @@ def test_a_reservoir_holds_every_example_of_the_stream_equally_often():
 def test_the_items_of_a_reservoir_stand_for_all_that_was_seen():
     held = reservoir([30, 50], 10, torch.Generator().manual_seed(0))
     assert held.soft_weight.sum() == 80
+
+
+def test_several_labels_for_each_example_are_not_balanced():
+    generator = torch.Generator().manual_seed(0)
+    x, f = torch.randn(8, 1, generator=generator), torch.randn(8, 3, generator=generator)
+    labels = (torch.randn(8, 3, generator=generator) > 0).long()
+    both = remember(Batch(x, labels, torch.arange(8)), f, task=0)
+    recipe = Recipe(memory=5, total=True, score="lambda")
+    held = merge(both[:4], both[4:], recipe, 4, 4, Bernoulli(), generator).held
+    best = select.top_k(Bernoulli().hessian_trace(f), 5)
+    assert held is not None
+    assert set(held.origin.tolist()) == set(best.tolist())
 
 
 def test_who_has_to_leave_the_reservoir_is_told():

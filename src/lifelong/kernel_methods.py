@@ -295,7 +295,7 @@ class KernelPrior:
 
         data: as everywhere, with inputs that are one tensor. ids: (N,) by which to forget them
         later; by default those of ``Examples``, else counted on from the last.
-        Raises ValueError for labels that do not fit, ids that occur already, a memory beyond 2 GiB
+        Raises ValueError for labels that do not fit, ids that are remembered, a memory beyond 2 GiB
         and a kernel that is not positive semi-definite; TypeError for inputs that are not tensors;
         NonFiniteError; RuntimeError where the minimum is not reached.
         """
@@ -355,9 +355,10 @@ class KernelPrior:
         ids: of remembered examples, which needs neither their inputs nor their labels. Of those
         that are not remembered, ``data`` gives inputs and labels (``Examples`` with these ids; it
         may hold others too): their share leaves g and G, as far as the memory spans them.
-        Raises ValueError for ids that are neither remembered nor in the data, where G would turn
-        indefinite, and for dropped support vectors, whose share is not known; RuntimeError as
-        ``update``.
+        The ids of dropped examples are not stored: one that was given again names the new example.
+        Raises ValueError for ids that are neither remembered nor in the data, for all that are
+        remembered while g and G carry others, where G would turn indefinite, and for dropped
+        support vectors, whose share is not known; RuntimeError as ``update``.
         """
         began = time.perf_counter()
         wanted = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).unique()
@@ -371,11 +372,19 @@ class KernelPrior:
                 f"ids {missing[:10].tolist()} are not remembered and not in the data; pass data "
                 "with the examples that were dropped, or leave these ids out"
             )
+        left = max(0, self.num_data - len(wanted))
+        carried = self.gradient is not None or self.curvature is not None
+        if carried and bool(gone.all()) and left:
+            raise ValueError(
+                f"no remembered example would be left, and what is known of the {left:,} others is "
+                "said at these inputs; keep one of them, pass data with the others to forget them "
+                "too, or learn anew from the data that stay"
+            )
         edited, entries = self, 0
         if data is not None and len(others):
             edited, entries = self._without(data, others)
         edited = edited._kept(~gone, carry=False)
-        edited = replace(edited, num_data=max(0, self.num_data - len(wanted)))
+        edited = replace(edited, num_data=left)
         if self.beliefs is None:
             return edited
         start = self._coefficients

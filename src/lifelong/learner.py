@@ -257,16 +257,15 @@ class Learner:
                     **how,
                 )
                 old = snapshot(_parameters(self.model))
-                start = followed(old, places.current, places.places)
-                if parameters is None:  # what is not trained follows by name, too
-                    start |= {
+                start: dict[str, Tensor] = {}
+                if parameters is None:  # also what is not trained here or there
+                    start = {
                         n: v
                         for n, v in self.model.state_dict().items()
-                        if n not in old
-                        and n in before
-                        and n not in start
-                        and v.shape == before[n].shape
+                        if n in before and v.shape == before[n].shape
                     }
+                shared = {n: p for n, p in places.places.items() if p.old is not None}
+                start |= followed(old, {n: places.current[n] for n in shared}, shared)
                 model.load_state_dict(start, strict=False)
                 done = refit(model, prior, **options)
                 finish(prior.rebase(model), model)

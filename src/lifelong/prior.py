@@ -542,7 +542,11 @@ class Prior:
     # ---------------------------------------------------------------- change
 
     def discount(self, factor: float) -> Prior:
-        """Every term but the regulariser times ``factor``: an older past is believed less."""
+        """Every term but the regulariser times ``factor``: an older past is believed less.
+
+        FROMP's kernels are made afresh by each update, so theirs lasts until the next one.
+        Raises ValueError for a factor outside [0, 1].
+        """
         if not 0 <= factor <= 1:
             raise ValueError(f"discount must lie in [0, 1], got {factor}")
         terms = tuple(t if isinstance(t, Regulariser) else t * factor for t in self.terms)
@@ -716,8 +720,9 @@ class Prior:
         classes: for each output of the model the old one, None for a new one; needed where
         outputs are dropped or in another order. Examples of a dropped class leave memory, and
         soft labels are renormalised over the others. head: the parameters whose rows are the
-        outputs; by default found by asking the model. new_classes: what a remembered soft label
-        says of outputs that it never saw: "zero" probability, or "mask": nothing.
+        outputs; by default found by asking the model at remembered inputs. new_classes: what a
+        remembered soft label says of outputs that it never saw: "zero" probability, or "mask":
+        nothing.
 
         labels: True turns remembered examples into replay of their true labels, which carries
         their residuals to any model; False keeps their soft labels; by default True where some of
@@ -726,7 +731,8 @@ class Prior:
         where residuals of remembered examples must leave g (a class is dropped, or labels=True,
         with a part of the past in memory). structure: convert G first, and in the recipe, to one
         that follows everything. allow_unmatched: leave behind what cannot follow, with a
-        UserWarning that names it; where nothing is shared, memory alone is left: distillation.
+        UserWarning that names it; where nothing is shared, memory alone is left: distillation. Of
+        groups, what is remembered can still be forgotten then if it replays its labels.
 
         Raises StaleAnchorError where names, dimensions or outputs do not match, unless
         ``allow_unmatched``; ValueError for maps that name what does not exist or one thing twice,
@@ -857,9 +863,15 @@ def _convert(curvature: Curvature, structure: Literal["diagonal", "dense"]) -> C
 
 
 def _converted(term: Any, structure: Literal["diagonal", "dense"]) -> Any:
-    if not isinstance(term, WeightTerm) or term.curvature is None:
+    if not isinstance(term, WeightTerm):
         return term
-    return replace(term, curvature=_convert(term.curvature, structure))
+
+    def changed(part: Any) -> Any:
+        held = part.curvature is not None
+        return replace(part, curvature=_convert(part.curvature, structure)) if held else part
+
+    groups = None if term.groups is None else term.groups.mapped(changed)
+    return replace(changed(term), groups=groups)
 
 
 def _population(items: Memory, data: Data, available: int, recipe: Recipe) -> Tensor:

@@ -136,7 +136,8 @@ def _bounded(
     size = _size(both, recipe)
     if len(both) <= size:
         return both, old[:0]
-    balanced = recipe.per_class and not both.labels.is_floating_point()
+    one_label = both.labels.ndim == 1 and not both.labels.is_floating_point()
+    balanced = recipe.per_class and one_label
     if recipe.score == "random" and not balanced:
         # A reservoir: how many of the survivors are new follows the hypergeometric law.
         order = torch.randperm(seen + new, generator=generator)

@@ -6,7 +6,8 @@ Pure functions from terms to terms; ``Prior.transfer`` and ``.grow`` call them. 
             are found by ``classes``; a class that is dropped takes its examples along, and the
             others' soft labels are renormalised over the classes that are kept.
     g, G    follow the parameters that both models have (``curvature.follow``). The weights of a
-            feature or unit that is dropped become 0, and g feels it through G: g + G d.
+            feature or unit that is dropped become 0, and g feels it through G: g + G d; a bias
+            that is dropped, too, and a module that is gone as a whole stays at its anchor.
     R       is of the model that there is: new parameters get it, lost ones take it along.
 
 Where g cannot follow, the residuals r_i = h(f*_i) - t(y_i) that it carried are lost, unless labels
@@ -32,7 +33,7 @@ from .curvature import Curvature
 from .curvature.follow import Place, Places, follow, followed
 from .data import Head
 from .errors import StaleAnchorError
-from .groups import Share
+from .groups import Groups, Share
 from .jacobians import gradient as data_gradient
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .memory import Memory
@@ -45,6 +46,8 @@ from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 NewClasses = Literal["zero", "mask"]
 Classes = Sequence[int | None]
 
+_ABSENT = -1e4  # the logit of a new output: probability 0 in every dtype, and finite in float16 too
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -53,8 +56,8 @@ class Plan:
     current: its trained parameters. places: where each lies. classes: for each output the old
     one, None for a new one; ``None`` in place of all: the same outputs. dropped: old outputs that
     are gone. outputs: the parameters whose rows are the outputs. lost: old parameters that none
-    stands for. novel: whether some number of the new model, other than those of a new output, has
-    no counterpart.
+    stands for; zero: those of them that count as 0 from now on. novel: whether some number of the
+    new model, other than those of a new output, has no counterpart.
     """
 
     current: Params
@@ -63,6 +66,7 @@ class Plan:
     dropped: tuple[int, ...]
     outputs: frozenset[str]
     lost: tuple[str, ...]
+    zero: tuple[str, ...]
     novel: bool
 
     @property
@@ -96,9 +100,11 @@ def plan(
         old, width = memory.reference.shape[1], _num_outputs(model, memory)
     chosen = _classes(classes, old, width)
     moves = chosen is not None and any(c not in (None, i) for i, c in enumerate(chosen))
+    # Without a memory the width of the old outputs is not known: rows may have gone at the end.
+    asked = moves or (old is None and (head is not None or _resized(current, olds, mapping)))
     heads: set[str] = set()
-    if moves and any(n in mapping for n in current):
-        heads = set(_head_parameters(model, current, memory, len(chosen or ()), head))
+    if chosen is not None and asked and mapping:
+        heads = set(_head_parameters(model, current, memory, len(chosen), head))
     index = None if chosen is None else torch.tensor([-1 if c is None else c for c in chosen])
     places = {n: Place(mapping.get(n), index if n in heads else None) for n in current}
     if old is not None and width is not None and old != width and not moves:
@@ -108,13 +114,15 @@ def plan(
             for n, p in current.items()
             if _sizes(p, olds.get(places[n].old or "")) == (old, width)
         }
+    lost = () if known is None else tuple(sorted(known.keys() - set(mapping.values())))
     return Plan(
         current=current,
         places=places,
         classes=chosen,
         dropped=() if chosen is None or old is None else tuple(set(range(old)) - set(chosen)),
         outputs=frozenset(heads),
-        lost=() if known is None else tuple(sorted(known.keys() - set(mapping.values()))),
+        lost=lost,
+        zero=_without_a_part(model, mapping, lost),
         novel=any(_is_novel(p, places[n], olds, n in heads) for n, p in current.items()),
     )
 
@@ -149,10 +157,11 @@ def transfer(
     changed: list[Any] = []
     for term in terms:
         if isinstance(term, WeightTerm):
-            if whole:
-                continue
-            behind += [n for n in how.lost if n not in behind]
-            if not how.shares:
+            if not whole:
+                behind += [n for n in how.lost if n not in behind]
+            if whole or not how.shares:
+                if labels and term.groups is not None:
+                    changed.append(_membership(term.groups, how))
                 continue
             if labels or how.dropped:
                 if len(weights) > 1:
@@ -176,7 +185,7 @@ def transfer(
         elif isinstance(term, KernelTerm):
             term = _reindexed_kernel(term, how, new_classes)
         changed.append(term)
-    return tuple(changed), behind
+    return _held_alone(changed), behind
 
 
 def _counts_once(terms: Terms) -> bool:
@@ -188,6 +197,25 @@ def _counts_once(terms: Terms) -> bool:
             if not own or bool(((total - 1).abs() > 1e-6).any()):
                 return False
     return True
+
+
+def _membership(groups: Groups, how: Plan) -> WeightTerm:
+    """Whose example each is, where g and G stay behind: replay leaves without them."""
+    counts = {k: Share(share.count) for k, share in groups.shares.items() if share.count}
+    return WeightTerm(snapshot(how.current), groups=Groups(counts, groups.members))
+
+
+def _held_alone(terms: Sequence[Any]) -> Terms:
+    """The same terms; groups do without the examples that left memory with their class."""
+    memories = [t.memory for t in terms if isinstance(t, (MemoryTerm, KernelTerm))]
+
+    def changed(term: Any) -> Any:
+        if not isinstance(term, WeightTerm) or term.groups is None:
+            return term
+        held = memories[0].add(*memories[1:]) if memories else None
+        return replace(term, groups=term.groups.held(held))
+
+    return tuple(changed(term) for term in terms)
 
 
 # -------------------------------------------------------------------- names and outputs
@@ -291,6 +319,26 @@ def _head_parameters(
     return [n for n in candidates if n in alone and n in touched]
 
 
+def _resized(current: Params, olds: Params, mapping: Mapping[str, str]) -> bool:
+    """Whether some parameter has more or fewer rows than the old one."""
+    sizes = (_sizes(current[n], olds[old]) for n, old in mapping.items())
+    return any(s is not None and s[0] != s[1] for s in sizes)
+
+
+def _without_a_part(
+    model: nn.Module, mapping: Mapping[str, str], lost: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The lost parameters whose module is still there, but has no such part, not even frozen."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    gone = []
+    for name in lost:
+        module, _, part = name.rpartition(".")
+        now = {n.rpartition(".")[0] for n, o in mapping.items() if o.rpartition(".")[0] == module}
+        if now and not any(f"{m}.{part}".lstrip(".") in names for m in now):
+            gone.append(name)
+    return tuple(gone)
+
+
 def _sizes(new: Tensor, old: Tensor | None) -> tuple[int, int] | None:
     return None if old is None or not old.ndim or not new.ndim else (len(old), len(new))
 
@@ -330,8 +378,10 @@ def _followed_weight(term: WeightTerm, how: Plan, *, leave: bool) -> tuple[Weigh
 
 def _dropped_features(term: WeightTerm, how: Plan) -> Params | None:
     """d where the numbers that the new model lacks are 0, as the weight of a feature that is not
-    there, and the others at the anchor: the slope G d there is the others' new g. None where
-    nothing is dropped but outputs, of which a weight of 0 would say something."""
+    there, and the others at the anchor: the slope G d there is the others' new g. So is a lost
+    parameter of a module that stays, as a bias; the model without a module is not the one where it
+    is 0, so that stays at the anchor. None where nothing is dropped but outputs, of which a weight
+    of 0 would say something."""
     away = {n: torch.zeros_like(v) for n, v in term.anchor.items()}
     for n, p in how.current.items():
         old = how.places[n].old
@@ -342,6 +392,9 @@ def _dropped_features(term: WeightTerm, how: Plan) -> Params | None:
             kept[0] = slice(None)
         away[old] = -term.anchor[old]
         away[old][tuple(kept)] = 0.0
+    for old in how.zero:
+        if old in away:
+            away[old] = -term.anchor[old]
     return away if any(bool(v.any()) for v in away.values()) else None
 
 
@@ -445,7 +498,6 @@ def _reindexed(
     if None in classes and new_classes not in ("zero", "mask"):
         raise ValueError(f"new_classes must be 'zero' or 'mask', got {new_classes!r}")
     where = {c: i for i, c in enumerate(classes) if c is not None}
-    lowest = torch.finfo(memory.reference.dtype).min / 2
     labels = memory.labels
     if labels.is_floating_point() and labels.ndim == 2:
         labels = _columns(labels, classes, 0.0)
@@ -462,7 +514,7 @@ def _reindexed(
         new = tuple(sorted(where[c] for c in head if c in where))
         return None if new == every else new
 
-    memory = replace(memory, reference=_columns(memory.reference, classes, lowest), labels=labels)
+    memory = replace(memory, reference=_columns(memory.reference, classes, _ABSENT), labels=labels)
     return _with_heads(memory, tuple(found(h) for h in memory.heads))
 
 
