@@ -98,6 +98,11 @@ class Groups:
         found = [table.get(pair, -1) for pair in pairs]
         return torch.tensor(found, dtype=torch.int64, device=memory.origin.device)
 
+    def within(self, memory: Memory, groups: set[int]) -> Tensor:
+        """(M,) bool: the remembered examples of these groups."""
+        belongs = self.of(memory)
+        return torch.isin(belongs, torch.tensor(sorted(groups), device=belongs.device))
+
     def mapped(self, change: Callable[[Share], Share]) -> Groups:
         return replace(self, shares={k: change(share) for k, share in self.shares.items()})
 

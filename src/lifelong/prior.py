@@ -93,6 +93,7 @@ class Prior:
     likelihood: of the outputs. recipe: see ``Recipe``. terms: summed. curvature: of the past
     data, where only the kernels of FROMP use it. num_data, num_tasks: what has been learned.
     heads: the class sets that occurred. strengths: of each task's curvature, given or found.
+    beliefs: by how much each task was multiplied since (``discount``, ``*``), 1 for a new one.
     """
 
     likelihood: Likelihood
@@ -103,9 +104,12 @@ class Prior:
     num_tasks: int = 0
     heads: tuple[Head | None, ...] = ()
     strengths: tuple[float, ...] = ()
+    beliefs: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require_likelihood(self.likelihood)
+        unsaid = (1.0,) * (self.num_tasks - len(self.beliefs))
+        object.__setattr__(self, "beliefs", self.beliefs + unsaid)
 
     def __repr__(self) -> str:
         """What it is of and how large, and not all of its numbers."""
@@ -243,7 +247,8 @@ class Prior:
         return sum(term.num_bytes for term in self.terms) + curvature
 
     def __add__(self, other: Prior) -> Prior:
-        """Both sums of terms; the first one's recipe goes on."""
+        """Both sums of terms; the first one's recipe goes on, and the second one's tasks are
+        numbered after the first one's."""
         if not isinstance(other, Prior):
             return NotImplemented
         if self.likelihood != other.likelihood:
@@ -252,14 +257,16 @@ class Prior:
                 "the same outputs must mean the same"
             )
         curvatures = [c for c in (self.curvature, other.curvature) if c is not None]
+        known = bool(self.strengths or other.strengths)
         return replace(
             self,
-            terms=self.terms + other.terms,
+            terms=self.terms + tuple(_later(term, self.num_tasks) for term in other.terms),
             curvature=sum(curvatures[1:], start=curvatures[0]) if curvatures else None,
             num_data=self.num_data + other.num_data,
             num_tasks=self.num_tasks + other.num_tasks,
             heads=tuple(dict.fromkeys((*self.heads, *other.heads))),
-            strengths=self.strengths + other.strengths,
+            strengths=self._each_strength + other._each_strength if known else (),
+            beliefs=self.beliefs + other.beliefs,
         )
 
     def __mul__(self, factor: float) -> Prior:
@@ -268,7 +275,8 @@ class Prior:
             raise ValueError(
                 f"a prior can be multiplied by a finite number of at least 0, got {factor!r}"
             )
-        return replace(self, terms=tuple(term * float(factor) for term in self.terms))
+        terms = tuple(term * float(factor) for term in self.terms)
+        return replace(self, terms=terms, beliefs=tuple(b * factor for b in self.beliefs))
 
     __rmul__ = __mul__
 
@@ -426,6 +434,8 @@ class Prior:
         if new == 0:
             raise ValueError("the data hold no examples; pass a task with at least one")
         over = Pass(model, data, self.likelihood, head, generator, batch_size)
+        if items is not None:  # of this task, whatever they were made as
+            items = replace(items, task=torch.full_like(items.task, self.num_tasks))
         if recipe.compact is not None:
             held, kept, evicted = recall.compacted(old, items, recipe, over)
         else:
@@ -441,6 +451,8 @@ class Prior:
                 kept=kept,
                 evicted=evicted,
                 path=path,
+                beliefs=past.beliefs,
+                strengths=past._each_strength,
             )
             g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
             shares = removal.grouped(
@@ -452,6 +464,8 @@ class Prior:
                 kept=kept,
                 evicted=evicted,
                 max_groups=max_groups,
+                beliefs=past.beliefs,
+                strengths=past._each_strength,
             )
         terms: list[Any] = [t for t in past.terms if isinstance(t, Regulariser)]
         in_weights = None if recipe.kernel else curvature
@@ -469,7 +483,8 @@ class Prior:
             num_data=past.num_data + new,
             num_tasks=past.num_tasks + 1,
             heads=tuple(dict.fromkeys((*past.heads, head))),
-            strengths=past.strengths if strength is None else (*past.strengths, strength),
+            strengths=past.strengths if strength is None else (*past._each_strength, strength),
+            beliefs=(*past.beliefs, 1.0),
         )
 
     def _memory_term(
@@ -551,7 +566,8 @@ class Prior:
             raise ValueError(f"discount must lie in [0, 1], got {factor}")
         terms = tuple(t if isinstance(t, Regulariser) else t * factor for t in self.terms)
         curvature = None if self.curvature is None else self.curvature * factor
-        return replace(self, terms=terms, curvature=curvature)
+        beliefs = tuple(b * factor for b in self.beliefs)
+        return replace(self, terms=terms, curvature=curvature, beliefs=beliefs)
 
     def replace(self, *, regulariser: Regulariser) -> Prior:
         """Another regulariser. R is a term of its own and g is of data only, so R is swapped.
@@ -636,12 +652,14 @@ class Prior:
             )
         return removal.forget(
             self.terms,
-            self._settled(which.get("task")),
+            self.recipe,
             over,
             model=model,
             likelihood=self.likelihood,
             ids=None if ids is None else torch.as_tensor(ids),
             groups=None if groups is None else torch.as_tensor(groups),
+            beliefs=self.beliefs,
+            strengths=self._each_strength,
             **which,
         )
 
@@ -686,15 +704,12 @@ class Prior:
             terms.append(WeightTerm(snapshot(params), g, curvature, groups))
         return replace(self, terms=tuple(terms))
 
-    def _settled(self, task: int | None) -> Recipe:
-        """The recipe with the strength at which a task's curvature was added: the smallest one
-        where the task is not told, so that no more leaves G than went in."""
-        if self.recipe.strength != "auto":
-            return self.recipe
-        found = self.strengths
-        if task is not None and 0 <= task < len(found):
-            return replace(self.recipe, strength=found[task])
-        return replace(self.recipe, strength=min(found, default=1.0))
+    @property
+    def _each_strength(self) -> tuple[float, ...]:
+        """Of every task; the recipe's, or 1, for those whose strength was not noted."""
+        usual = self.recipe.strength
+        other = 1.0 if isinstance(usual, str) else float(usual)
+        return self.strengths + (other,) * (self.num_tasks - len(self.strengths))
 
     def transfer(
         self,
@@ -771,6 +786,7 @@ class Prior:
             labels=labels,
             previous=previous,
             allow_unmatched=allow_unmatched,
+            beliefs=self.beliefs,
         )
         if grows and squares and new_classes == "zero":
             raise ValueError(
@@ -840,6 +856,7 @@ class Prior:
             "num_tasks": self.num_tasks,
             "heads": [None if h is None else list(h) for h in self.heads],
             "strengths": list(self.strengths),
+            "beliefs": list(self.beliefs),
         }
 
     @classmethod
@@ -855,7 +872,20 @@ class Prior:
             num_tasks=state["num_tasks"],
             heads=tuple(None if h is None else tuple(h) for h in state["heads"]),
             strengths=tuple(state["strengths"]),
+            beliefs=tuple(state["beliefs"]),
         )
+
+
+def _later(term: Any, tasks: int) -> Any:
+    """The term with its tasks numbered from ``tasks`` on."""
+    if isinstance(term, _IN_MEMORY):
+        memory = term.memory
+        return replace(term, memory=replace(memory, task=memory.task + tasks))
+    if not isinstance(term, WeightTerm) or term.groups is None:
+        return term
+    later = torch.tensor([tasks, 0, 0], device=term.groups.members.device)
+    groups = replace(term.groups, members=term.groups.members + later)
+    return replace(term, groups=groups)
 
 
 def _convert(curvature: Curvature, structure: Literal["diagonal", "dense"]) -> Curvature:

@@ -197,11 +197,14 @@ def curvature(
     kept: Memory | None = None,
     evicted: Memory | None = None,
     path: PathIntegral | None = None,
+    beliefs: tuple[float, ...] = (),
+    strengths: tuple[float, ...] = (),
 ) -> Weighed:
     """G of the examples that the weight term stands for, and how strongly the new ones count.
 
     extra: what the kernels held; kept: the new items; evicted: the old ones that had to leave,
-    whose curvature G carries from now on, as strongly as that of the new examples.
+    whose curvature G carries from now on, as strongly as that of the others of their task, and
+    believed as much: strengths, beliefs, of each past task.
     """
     old = total_curvature(terms, extra)
     if recipe.structure is None:
@@ -225,11 +228,8 @@ def curvature(
     else:
         new = fit_curvature(recipe, over, exclude=excluded)
     if evicted is not None and leaves_out:
-        for group, head in by_head(evicted):
-            pair, w = (group.inputs, group.labels), group.soft_weight + group.hard_weight
-            stood_for = None if recipe.population else w  # less than 1 where it was discounted
-            of_group = replace(over, data=pair, head=head)
-            new = new + fit_curvature(recipe, of_group, weights=stood_for)
+        moved = evicted_curvature(evicted, recipe, over, beliefs, strengths)
+        new = new if moved is None else new + moved
     return Weighed(new if old is None else old + new, number(recipe.strength))
 
 
@@ -257,6 +257,39 @@ def _find_strength(
         generator=over.generator,
         batch_size=over.batch_size,
     )
+
+
+def evicted_curvature(
+    items: Memory,
+    recipe: Recipe,
+    over: Pass,
+    beliefs: tuple[float, ...],
+    strengths: tuple[float, ...],
+) -> Curvature | None:
+    """sum_i belief · strength · J*ᵀ H J* of items that leave the memory, each of its own task, at
+    the present weights; None where the recipe has no curvature."""
+    total: Curvature | None = None
+    if recipe.structure is None:
+        return total
+    for task in items.task.unique().tolist():
+        strength, belief = of_task(strengths, task), of_task(beliefs, task)
+        as_then = replace(recipe, strength=strength)
+        for group, head in by_head(items.drop(items.task != task)):
+            of_group = replace(over, data=(group.inputs, group.labels), head=head)
+            new = fit_curvature(as_then, of_group) * belief
+            total = new if total is None else total + new
+    return total
+
+
+def of_task(values: tuple[float, ...], task: int) -> float:
+    """A task's own value; 1 for a task that is not known."""
+    return values[task] if 0 <= task < len(values) else 1.0
+
+
+def each_of(values: tuple[float, ...], items: Memory) -> Tensor:
+    """(M,) the value of each item's task."""
+    found = [of_task(values, task) for task in items.task.tolist()]
+    return torch.tensor(found, dtype=items.soft_weight.dtype, device=items.soft_weight.device)
 
 
 def fit_curvature(

@@ -6,7 +6,7 @@ call them. Source: Khan & Swaroop 2021.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -19,8 +19,8 @@ from .data import Examples, as_data, batches
 from .groups import NO_MEMBERS, Groups, Share
 from .jacobians import gradient as data_gradient
 from .memory import Memory
-from .models import Params, concat, evaluating, match, parameters
-from .recall import Pass, Terms, by_head, fit_curvature, plus
+from .models import Inputs, Params, concat, evaluating, match, parameters, take
+from .recall import Pass, Terms, by_head, each_of, evicted_curvature, fit_curvature, plus
 from .recipe import Recipe
 from .terms import MemoryTerm, WeightTerm
 
@@ -63,8 +63,13 @@ def forget(
     where: Where | None = None,
     groups: Tensor | None = None,
     on_indefinite: OnIndefinite = "raise",
+    beliefs: tuple[float, ...] = (1.0,),
+    strengths: tuple[float, ...] = (1.0,),
 ) -> Removal:
-    """The terms without those examples; see ``Prior.forget``."""
+    """The terms without those examples; see ``Prior.forget``.
+
+    beliefs, strengths: of each task, as ``Prior`` has them, one of each for every task.
+    """
     if recipe.kernel or recipe.structure == "path" or recipe.compact:
         raise ValueError(
             f"the {recipe.name} prior cannot forget single examples, since its kernels, its path "
@@ -80,9 +85,10 @@ def forget(
     if over is not None:
         if where is not None:
             raise ValueError("where looks at the memory; with data say which by ids=")
-        given = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+        given = _ids(over)
     elif ids is None and task is None and where is None and groups is None:
         raise ValueError("say which examples to forget: pass data, ids, where, task or groups")
+    ids = None if ids is None else ids.cpu()
     wanted = given if ids is None and over is not None else ids
     kept_terms: list[Any] = []
     gone: list[Memory] = []
@@ -90,15 +96,21 @@ def forget(
         if isinstance(term, MemoryTerm):
             which = _chosen(term.memory, task, wanted, where)
             if shares is not None and whole is not None:
-                which &= torch.isin(shares.of(term.memory), torch.tensor(sorted(whole)))
+                which &= shares.within(term.memory, whole)
             gone.append(term.memory.drop(~which))
             term = replace(term, memory=term.memory.drop(which))
         kept_terms.append(term)
-    in_memory = torch.cat([m.origin for m in gone]) if gone else given[:0]
+    in_memory = torch.cat([m.origin.cpu() for m in gone]) if gone else given[:0]
     if task is None and whole is None and _of_several_tasks(gone):
         raise ValueError(
             "the memory holds these ids of several tasks; say which by task=, or give the "
             "examples of each task ids of their own"
+        )
+    several = task is None and len(beliefs) > 1
+    if several and over is not None and not _are_the_given(gone, over):
+        raise ValueError(
+            "some of these ids are remembered with other inputs or labels than those given: an id "
+            "counts within its task, so say of which task the data are by task="
         )
     if over is None and whole is None and not len(in_memory):
         raise ValueError(
@@ -115,6 +127,11 @@ def forget(
     others = given[:0] if wanted is None else given[~torch.isin(given, wanted)]
     rest = torch.cat([in_memory, others])  # of the data, what does not leave g and G here
     leaving: dict[int, Share] = {}
+    unseen = over is not None and not bool(torch.isin(given, rest).all())
+    if unseen and weight is not None:
+        recipe, belief = _of_task(recipe, task, beliefs, strengths)
+    else:
+        belief = 1.0
     with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
         slopes = [
             data_gradient(
@@ -122,7 +139,7 @@ def forget(
                 (group.inputs, group.labels),
                 likelihood,
                 head=head,
-                weights=_in_gradient(group, recipe),
+                weights=_in_gradient(group, beliefs),
             )
             for items in gone
             if recipe.gradient != "none"
@@ -130,7 +147,9 @@ def forget(
         ]
         if over is not None:
             excluded = rest if recipe.exclude_memory else others
-            leaving = _shares(over, recipe, _groups_of(over, shares, rest, groups), rest, excluded)
+            of = _groups_of(over, shares, rest, groups)
+            leaving = _shares(over, recipe, of, rest, excluded)
+            leaving = {k: share * belief for k, share in leaving.items()}
         elif whole is not None and shares is not None:
             leaving = {k: s for k, s in shares.shares.items() if k in whole}
     clipped = 0.0
@@ -139,7 +158,12 @@ def forget(
         memories = [t.memory for t in kept_terms if isinstance(t, MemoryTerm)]
         if changed.groups is not None:
             left = memories[0].add(*memories[1:]) if memories else None
-            changed = replace(changed, groups=changed.groups.held(left))
+            members = changed.groups.held(left)
+            # A share of none still holds the curvature of its items in memory, unless that is
+            # left out of G.
+            known = set(members.members[:, 2].tolist())
+            shares_left = {k: s for k, s in members.shares.items() if s.count or k in known}
+            changed = replace(changed, groups=replace(members, shares=shares_left))
         kept_terms = [changed if isinstance(t, WeightTerm) else t for t in kept_terms]
     counted = sum(share.count for share in leaving.values())
     removed = gone[0].add(*gone[1:]) if gone else None
@@ -171,7 +195,7 @@ def _without(
                     "another group"
                 )
             left[k] = have - leaving[k]
-        groups = replace(groups, shares={k: s for k, s in left.items() if s.count})
+        groups = replace(groups, shares=left)
     g, curvature = weight.gradient, weight.curvature
     gradients = [s.gradient for s in leaving.values() if s.gradient is not None]
     for slope in (*slopes, *gradients):
@@ -198,11 +222,14 @@ def grouped(
     kept: Memory | None,
     evicted: Memory | None,
     max_groups: int,
+    beliefs: tuple[float, ...],
+    strengths: tuple[float, ...],
 ) -> Groups | None:
     """The shares of g and G by group, at the present weights; None where nobody asked for any.
 
     terms: of the past, whose shares are rebased; groups: (N,) of the new data, -1 for none; held,
-    kept, evicted: as ``recall.merge`` gives them. What leaves the memory joins its group's share.
+    kept, evicted: as ``recall.merge`` gives them; beliefs, strengths: of the past tasks, as
+    ``Prior`` has them. What leaves the memory joins its group's share.
     Raises ValueError for groups that are not N integers of at least -1, more than ``max_groups``,
     and priors that mix their examples.
     """
@@ -225,12 +252,13 @@ def grouped(
     if evicted is not None:
         belongs = found.of(evicted)
         for k in belongs[belongs >= 0].unique().tolist():
-            share = _evicted(evicted.drop(belongs != k), recipe, over, curvature=leaves_out)
+            items = evicted.drop(belongs != k)
+            share = _evicted(items, recipe, over, beliefs, strengths, curvature=leaves_out)
             found = found + Groups({k: share}, NO_MEMBERS)
     if groups is not None:
-        ids = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+        ids = _ids(over)
         groups = _require_groups(groups, len(ids))
-        inside = ids[:0] if kept is None else kept.origin.to(ids.device)
+        inside = ids[:0] if kept is None else kept.origin.cpu()
         new = _shares(over, recipe, groups, inside, inside if leaves_out else ids[:0])
         members = NO_MEMBERS
         if kept is not None:
@@ -259,7 +287,7 @@ def _require_groups(groups: Tensor, count: int) -> Tensor:
         )
     if count and int(groups.min()) < -1:
         raise ValueError(f"groups count from 0, and -1 is none; got {int(groups.min())}")
-    return groups.to(torch.int64)
+    return groups.to("cpu", torch.int64)
 
 
 def _shares(
@@ -271,8 +299,8 @@ def _shares(
     shares = {}
     for k in groups.unique().tolist():
         data = over.data if bool((groups == k).all()) else _rows(over, groups == k)
-        ids = torch.cat([batch.ids for batch in batches(data, over.batch_size)])
         part = replace(over, data=data)
+        ids = _ids(part)
         count = int((~torch.isin(ids, exclude)).sum())
         gradient = curvature = None
         if count and recipe.gradient != "none":
@@ -291,21 +319,30 @@ def _shares(
     return shares
 
 
-def _evicted(items: Memory, recipe: Recipe, over: Pass, *, curvature: bool) -> Share:
+def _evicted(
+    items: Memory,
+    recipe: Recipe,
+    over: Pass,
+    beliefs: tuple[float, ...],
+    strengths: tuple[float, ...],
+    *,
+    curvature: bool,
+) -> Share:
     """What examples that had to leave the memory put into g and G now, as ``recall`` does."""
-    total = Share(0)
-    for group, head in by_head(items):
-        pair, w = (group.inputs, group.labels), group.soft_weight + group.hard_weight
-        g = c = None
-        if recipe.gradient != "none":
-            replays = group.weighted(group.soft_weight + group.hard_weight, 0.0)
-            stood_for = _in_gradient(replays, recipe)
-            g = data_gradient(over.model, pair, over.likelihood, head=head, weights=stood_for)
-        if curvature and recipe.structure is not None:
-            of_group = replace(over, data=pair, head=head)
-            c = fit_curvature(recipe, of_group, weights=None if recipe.population else w)
-        total = total + Share(len(group), g, c)
-    return total
+    gradient: Params | None = None
+    if recipe.gradient != "none":
+        gradient = {}
+        for group, head in by_head(items):
+            pair, believed = (group.inputs, group.labels), each_of(beliefs, group)
+            g = data_gradient(over.model, pair, over.likelihood, head=head, weights=believed)
+            gradient = plus(g, gradient)
+    G = evicted_curvature(items, recipe, over, beliefs, strengths) if curvature else None
+    return Share(len(items), gradient, G)
+
+
+def _ids(over: Pass) -> Tensor:
+    """(N,) int64, on the CPU: memory, data and groups may lie on different devices."""
+    return torch.cat([batch.ids.cpu() for batch in batches(over.data, over.batch_size)])
 
 
 def _rows(over: Pass, which: Tensor) -> Examples:
@@ -354,7 +391,7 @@ def _whole_groups(
 
 def _groups_of(over: Pass, shares: Groups | None, rest: Tensor, groups: Tensor | None) -> Tensor:
     """(N,) the group of each of the data: whose shares shrink with them."""
-    ids = torch.cat([batch.ids for batch in batches(over.data, over.batch_size)])
+    ids = _ids(over)
     if groups is not None:
         groups = _require_groups(groups, len(ids))
         known = set() if shares is None else shares.known
@@ -382,15 +419,50 @@ def _of_several_tasks(gone: list[Memory]) -> bool:
     return len({origin for origin, _ in pairs}) < len(pairs)
 
 
-def _in_gradient(items: Memory, recipe: Recipe) -> Tensor:
-    """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself.
+def _are_the_given(gone: list[Memory], over: Pass) -> bool:
+    """Whether the items hold the inputs and labels that the data have under the same ids."""
+    for batch in batches(over.data, over.batch_size):
+        place = {i: n for n, i in enumerate(batch.ids.tolist())}
+        for memory in gone:
+            pairs = [(n, place[i]) for n, i in enumerate(memory.origin.tolist()) if i in place]
+            mine, theirs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+            if not _equal(take(memory.inputs, mine), take(batch.inputs, theirs)):
+                return False
+            if not _equal(memory.labels[mine], batch.labels[theirs]):
+                return False
+    return True
 
-    A memory that was believed less since (a discount, a multiple) has a smaller sum of weights.
-    """
-    total = recipe.soft + recipe.hard
-    if recipe.population or not total:
-        return 1.0 - items.hard_weight
-    return (items.soft_weight + items.hard_weight) / total - items.hard_weight
+
+def _equal(a: Inputs, b: Inputs) -> bool:
+    """Whether the numbers are the same, in the dtype and on the device of the first."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(v, b[key]) for key, v in a.items())
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a.shape == b.shape and torch.equal(a, b.to(a))
+
+
+def _of_task(
+    recipe: Recipe, task: int | None, beliefs: tuple[float, ...], strengths: tuple[float, ...]
+) -> tuple[Recipe, float]:
+    """The recipe with the strength at which a task's curvature was added, and how much the task
+    is believed now. Raises ValueError for a task that was never learned, and for none where the
+    tasks differ."""
+    found = list(zip(strengths, beliefs, strict=True))
+    if task is not None and not 0 <= task < len(found):
+        raise ValueError(f"task must be one of the {len(found)} that were learned, got {task}")
+    if task is None and len(set(found)) > 1:
+        raise ValueError(
+            f"the tasks were added at the strengths {strengths} and are believed {beliefs} times, "
+            "so how much these examples said depends on their task; say which by task="
+        )
+    strength, belief = found[task or 0] if found else (1.0, 1.0)
+    return replace(recipe, strength=strength), belief
+
+
+def _in_gradient(items: Memory, beliefs: tuple[float, ...]) -> Tensor:
+    """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself."""
+    return each_of(beliefs, items) - items.hard_weight
 
 
 def _chosen(memory: Memory, task: int | None, ids: Tensor | None, where: Where | None) -> Tensor:

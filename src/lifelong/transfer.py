@@ -139,6 +139,7 @@ def transfer(
     labels: bool | None = None,
     previous: nn.Module | None = None,
     allow_unmatched: bool = False,
+    beliefs: tuple[float, ...] = (1.0,),
 ) -> tuple[Terms, list[str]]:
     """(the terms for another model, the old parameters whose g or G were left behind)."""
     weights = [t for t in terms if isinstance(t, WeightTerm)]
@@ -169,7 +170,9 @@ def transfer(
                         "a sum of priors has several anchors, so nothing tells whose residuals "
                         "must move; transfer each prior before adding them"
                     )
-                term = _without_residuals(term, terms, how, likelihood, recipe, labels, previous)
+                term = _without_residuals(
+                    term, terms, how, likelihood, recipe, labels, previous, beliefs
+                )
             term, lost = _followed_weight(term, how, leave=allow_unmatched)
             behind += [n for n in lost if n not in behind]
         elif isinstance(term, Regulariser):
@@ -406,6 +409,7 @@ def _without_residuals(
     recipe: Recipe,
     labels: bool,
     previous: nn.Module | None,
+    beliefs: tuple[float, ...],
 ) -> WeightTerm:
     """g less what memory will carry itself, or in another way, from now on:
 
@@ -436,8 +440,8 @@ def _without_residuals(
         for memory in held:
             kept = _narrowed(memory, how.dropped, likelihood, recipe)
             if how.dropped:
-                moved(memory, _in_gradient(memory, recipe), -1.0)
-                moved(kept, _in_gradient(kept, recipe), 1.0)
+                moved(memory, _in_gradient(memory, beliefs), -1.0)
+                moved(kept, _in_gradient(kept, beliefs), 1.0)
             if labels:
                 moved(kept, kept.soft_weight, -1.0)
     return replace(term, gradient=g)
