@@ -218,7 +218,7 @@ def test_it_is_1_where_nothing_can_be_told() -> None:
 
 @pytest.mark.parametrize("by", [1e-7, 1e-6, 1e-5, 1e-3, 1.0])
 def test_rounding_never_raises_it(by: float) -> None:
-    """In single precision it is never above that of double precision; for a real move they agree."""
+    """In single precision it is never above that of double precision, and the same if far away."""
     x = torch.randn(5000, 3, generator=_generator())
     labels = torch.randint(4, (5000,), generator=_generator(1))
     torch.manual_seed(0)
