@@ -395,6 +395,32 @@ def test_a_dense_curvature_of_the_rest_leaves_nothing_out(population):
     assert both.values[0] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("score", ["random", "lambda"])
+def test_the_curve_weighs_items_as_the_prior_does(balanced, score):
+    """Of unbalanced classes too, for every size, also where no item of some class is kept."""
+    case = BIG["multinomial"]
+    model, data = case.make_model(0), case.data[0]
+    order = torch.argsort(data.labels, stable=True)  # the first class whole, few of the others
+    data = data[torch.cat([order[:50], order[-9:], order[60:64]])]
+    for m in (1, 2, 5, 30, 63):
+        prior = full(case, m, score=score, per_class=balanced, population=True)
+        items = prior.memorise(model, data, generator=seeded())
+        probed = probe(
+            model, data, case.likelihood, prior.recipe.carry(), score=score, per_class=balanced,
+            generator=seeded(),
+        )  # fmt: skip
+        ids = items.origin[:, None] == data.ids[None]
+        kept = ids.nonzero()[:, 1]  # the probes draw too, so that other items are at random
+        assert torch.allclose(items.soft_weight, probed._stands_for(kept))
+        of_prior = replace(probed, scores=-ids.any(0).double(), descending=False)
+        carried = (items.soft_weight[:, None, None] * probed.items[kept]).sum(0)
+        total = probed.whole.sum(0)
+        mask = 1 - torch.eye(len(total)).double()
+        truth = 1 - ((total - carried) * mask).norm() / (total * mask).norm()
+        assert of_prior.value(m) == pytest.approx(float(truth))
+
+
 @given(st.integers(0, 2**16), st.integers(0, 24))
 @settings(max_examples=10)
 def test_the_curve_sums_what_each_example_brings(seed, size):

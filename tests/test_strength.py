@@ -216,6 +216,30 @@ def test_it_is_1_where_nothing_can_be_told() -> None:
     assert find_strength(model, counts, Poisson(), G, never) == 1.0
 
 
+@pytest.mark.parametrize("by", [1e-7, 1e-6, 1e-5, 1e-3, 1.0])
+def test_rounding_never_raises_it(by: float) -> None:
+    """In single precision it is never above that of double precision, and the same if far away."""
+    x = torch.randn(5000, 3, generator=_generator())
+    labels = torch.randint(4, (5000,), generator=_generator(1))
+    torch.manual_seed(0)
+    single = nn.Linear(3, 4)
+    double = nn.Linear(3, 4).double()
+    double.load_state_dict(single.state_dict())
+    for seed in range(8):
+        torch.manual_seed(seed)
+        start = {n: p.detach() + by * torch.randn(p.shape) for n, p in single.named_parameters()}
+        found = []
+        for model in (single, double):
+            like = model.weight
+            data = Examples(x.to(like), labels)
+            G = estimate(model, data, Categorical(), structure="diagonal")
+            there = {n: v.to(like) for n, v in start.items()}
+            found.append(find_strength(model, data, Categorical(), G, there))
+        assert 1 <= found[0] <= found[1] * (1 + 1e-4)
+        if by == 1:
+            assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_the_model_is_left_as_it_was_and_draws_repeat() -> None:
     model, data, likelihood = net().train(), task(size=200), Categorical()
     items = memorise(model, data, likelihood, budget=100, score="random", generator=_generator())

@@ -44,13 +44,15 @@ class Carry:
     """How a prior carries the examples of a task.
 
     soft, hard: how much an item counts by its soft label (in ``divergence``) and by its true one;
-    population: times N / m. structure: of the curvature G of the rest, times strength, or None for
-    none; exclude: G leaves out what is kept. precision: of the weights, for Sigma.
+    population: times N / m, or N_c / m_c of its own class where by_class. structure: of the
+    curvature G of the rest, times strength, or None for none; exclude: G leaves out what is kept.
+    precision: of the weights, for Sigma.
     """
 
     soft: float = 1.0
     hard: float = 0.0
     population: bool = False
+    by_class: bool = False
     divergence: Divergence = field(default_factory=KL)
     structure: Structure | None = None
     strength: float = 1.0
@@ -104,7 +106,7 @@ class Probed:
     def value(self, m: int) -> float:
         """Fidelity of a memory of m examples."""
         n, kept = len(self), self.chosen(m)
-        carried = self.items[kept].sum(0) * (n / m if self.carry.population and m else 1.0)
+        carried = torch.einsum("m,mst->st", self._stands_for(kept), self.items[kept])
         if self.rest is not None:
             carried = carried + self._all_in_weights
             if self.carry.exclude and m:
@@ -113,6 +115,13 @@ class Probed:
                 carried = carried - self.rest(weights)
         total = self.whole.sum(0)
         return 1.0 - _off_diagonal(carried - total) / _off_diagonal(total)
+
+    def _stands_for(self, kept: Tensor) -> Tensor:
+        """(m,) as ``Prior.memorise`` weighs the items."""
+        if self.carry.population and self.carry.by_class and self.labels is not None:
+            return select.represented(self.labels[kept], self.labels)
+        each = len(self) / max(1, len(kept)) if self.carry.population else 1.0
+        return torch.full((len(kept),), each, dtype=torch.float64)
 
     @cached_property
     def _all_in_weights(self) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, likelihoods, recall, removal
+from . import checkpoint, likelihoods, recall, removal, select
 from .budget import Fidelity
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
@@ -909,17 +909,12 @@ def _population(items: Memory, data: Data, available: int, recipe: Recipe) -> Te
     where items were drawn at random, as many of each class: else rare classes would count more."""
     even = torch.full_like(items.soft_weight, available / len(items))
     labels = items.labels
-    drawn = recipe.score == "random" and recipe.per_class
-    if not drawn or labels.ndim != 1 or labels.is_floating_point():
+    if not recipe.by_class or labels.ndim != 1 or labels.is_floating_point():
         return even
     data = as_data(data)
     whole = isinstance(data, Examples)
     every = data.labels if whole else torch.cat([batch.labels for batch in batches(data)])
-    classes, kept = labels.unique(return_counts=True)
-    found = torch.stack([(every == c).sum() for c in classes.to(every.device)]).to(even)
-    each = found / kept.to(even)
-    missed = available / found.sum()  # classes of which none was kept
-    return each[torch.searchsorted(classes, labels)] * missed
+    return select.represented(labels, every.to(labels.device)).to(even)
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:

@@ -168,6 +168,12 @@ class Recipe:
     def keeps_memory(self) -> bool:
         return self.memory != 0
 
+    @property
+    def by_class(self) -> bool:
+        """Whether the items are drawn at random, as many of each class, so that an item stands for
+        a share of its own class alone."""
+        return self.score == "random" and self.per_class
+
     def carry(self, precision: float = 1.0) -> Carry:
         """How a task's examples are carried, for the curve of fidelity against memory.
 
@@ -182,6 +188,7 @@ class Recipe:
             soft=self.soft * (1.0 - self.replay_fraction),
             hard=self.hard * (1.0 - self.replay_fraction) + self.replay_fraction,
             population=self.population,
+            by_class=self.by_class,
             divergence=self.divergence,
             structure=self.structure,
             # "auto" is found once the memory is chosen, and only ever raises it: 1 promises less.

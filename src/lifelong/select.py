@@ -46,6 +46,22 @@ def per_class(
     return order[first[:k]]
 
 
+def represented(
+    kept: Tensor,  # (M,) int64
+    every: Tensor,  # (N,) int64
+) -> Tensor:  # (M,) float64
+    """How many of the N examples each of the M kept ones stands for: N_c / M_c of its own class c.
+
+    For memories drawn at random, as many of each class: with N / M rare classes would count more.
+    The examples of classes of which none is kept are shared out in proportion.
+    """
+    classes, counts = kept.unique(return_counts=True)
+    place = torch.searchsorted(classes, every.to(classes)).clamp(max=max(0, len(classes) - 1))
+    found = torch.bincount(place[classes[place] == every.to(classes)], minlength=len(classes))
+    each = found.double() / counts
+    return (each * (len(every) / found.sum()))[torch.searchsorted(classes, kept)]
+
+
 def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Tensor:
     """The indices, in ascending order, among which ``top_k`` or ``per_class`` will find theirs.
 

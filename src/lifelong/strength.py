@@ -25,6 +25,9 @@ rehearsed: from theta0 the new items alone are learned, ``STEPS`` steps of Adam,
 the root mean square of d. What the data still lose there is what the memory does not see and the
 weight term must say.
 
+Two losses that hardly differ differ by their rounding. What that may have made of the numerator, a
+few eps of the losses and of each output times its residual, is taken off it: it never raises c.
+
 The strength is max(1, c), never below Bayes' rule with G as it is: a loss that grows less than its
 curvature on one way is no reason to believe the past less. SI's Omega (Zenke et al. 2017) is a
 relative: it shares the same fall of the loss out among the weights, where this takes the shares
@@ -50,6 +53,7 @@ from .terms import MemoryTerm, Regulariser
 STEPS = 100  # of the rehearsal
 RATE = 0.1  # its step, in root mean squares of the move: a few steps cross it
 _SMALLEST = 32  # items of memory in a step of the rehearsal, at least
+_ROUNDINGS = 4  # relative errors of eps that an output or a loss is thought to have
 
 
 def find_strength(
@@ -71,8 +75,9 @@ def find_strength(
     examples that the curvature leaves out. generator: of draws from a memory that is too large to
     be read in every step. The model is left as it was.
 
-    1 where the weights did not move, the curvature is 0 on the way, or the loss at the other end
-    is no finite number. Raises as ``lifelong.jacobians.gradient``.
+    1 where the weights did not move, the curvature is 0 on the way, what it predicts is less than
+    the losses may be wrong by through rounding, or the loss at the other end is no finite number.
+    Raises as ``lifelong.jacobians.gradient``.
     """
     theta = snapshot(parameters(model))
     with evaluating(model):
@@ -85,12 +90,15 @@ def find_strength(
             return 1.0
         over = {"head": head, "exclude": exclude, "batch_size": batch_size}
         g = gradient(model, data, likelihood, **over)
-        linear = sum(float((g[n] * v).sum()) for n, v in d.items())
-        rise = _nats(model, away, data, likelihood, **over)
-        rise -= _nats(model, theta, data, likelihood, **over)
-    ratio = (rise - linear) / predicted
-    rounding = math.sqrt(torch.finfo(next(iter(theta.values())).dtype).eps)
-    if not math.isfinite(ratio) or ratio <= 1 + rounding:
+        linear = sum(float((g[n] * v).double().sum()) for n, v in d.items())
+        there, there_size = _nats(model, away, data, likelihood, **over)
+        here, here_size = _nats(model, theta, data, likelihood, **over)
+    eps = torch.finfo(next(iter(theta.values())).dtype).eps
+    blur = _ROUNDINGS * eps * (there_size + here_size + abs(linear))
+    if not predicted > blur:
+        return 1.0
+    ratio = (there - here - linear - blur) / predicted
+    if not math.isfinite(ratio) or ratio <= 1 + math.sqrt(eps):
         return 1.0
     return ratio
 
@@ -144,17 +152,22 @@ def _nats(
     head: Head | None,
     exclude: Tensor | None,
     batch_size: int,
-) -> float:
-    """Sum of nll at these weights; infinity where an output is no finite number."""
-    total = 0.0
+) -> tuple[float, float]:
+    """Sum of nll at these weights, and how large the numbers are whose relative errors are in it:
+    sum |l| + sum |r f|. Infinity where an output is no finite number."""
+    total, size = 0.0, 0.0
     with torch.no_grad():
         for batch in weighted_batches(model, data, head, None, exclude, batch_size):
             f = _outputs(model, params, batch.inputs)
             if not bool(torch.isfinite(f).all()):
-                return math.inf
+                return math.inf, math.inf
             y, mask = checked(likelihood, f, batch)
-            total += float(likelihood.nll(likelihood.mask(f, mask), y).double().sum())
-    return total
+            masked = likelihood.mask(f, mask)
+            nll = likelihood.nll(masked, y).double()
+            total += float(nll.sum())
+            size += float(nll.abs().sum())
+            size += float((likelihood.residual(masked, y) * f).double().abs().sum())
+    return total, size
 
 
 def _outputs(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
