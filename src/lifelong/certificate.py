@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ from .unlearning import Audit, Unlearned
 
 FORMAT, VERSION = "lifelong certificate of unlearning", 1
 _MOST = 64 * 2**20  # bytes of a file that is read
+_DEEPEST = 32  # levels of what is read
+_SHOWN, _LONGEST = 20, 80  # names, and characters of each
 
 GUARANTEED = (
     "The examples named here are not in the memory of the prior with the digest given as after.",
@@ -139,8 +142,9 @@ class Certificate:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Certificate:
-        """Unsigned. Raises as ``canonical``."""
+        """Unsigned. Raises as ``canonical``, and CheckpointError where keys lie too deep."""
         plain = json.loads(canonical(content))
+        _require_shallow(plain)
         return cls(plain, _digests(plain))
 
     def sign(self, key: Any) -> Certificate:
@@ -148,6 +152,7 @@ class Certificate:
 
         Raises ImportError without ``cryptography``, and as ``load_private_key``.
         """
+        _require_cryptography()
         if isinstance(key, str | os.PathLike):
             key = load_private_key(key)
         fresh = Certificate.of(self.content)
@@ -157,7 +162,8 @@ class Certificate:
     def verify(self, key: Any) -> Verification:
         """Whether it is as it was signed; key: an Ed25519 public key, or the path of its PEM file.
 
-        Raises ImportError without ``cryptography``, and as ``load_public_key``.
+        Raises ImportError without ``cryptography``, as ``load_public_key``, and CheckpointError
+        where two fields have one name.
         """
         if isinstance(key, str | os.PathLike):
             key = load_public_key(key)
@@ -166,6 +172,7 @@ class Certificate:
         changed = tuple(sorted(f for f in fields if now.get(f) != self.digests.get(f)))
         if self.signature is None:
             return Verification(False, changed, "The certificate is not signed.")
+        _require_cryptography()
         from cryptography.exceptions import InvalidSignature
 
         try:
@@ -178,7 +185,8 @@ class Certificate:
                 "changed.",
             )
         if changed:
-            return Verification(False, changed, f"Changed after signing: {', '.join(changed)}.")
+            listed = ", ".join(listing(changed))
+            return Verification(False, changed, f"Changed after signing: {listed}.")
         return Verification(True, (), "Signed with this key, and not changed since.")
 
     def to_json(self) -> str:
@@ -196,9 +204,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Certificate:
-        """What ``to_json`` wrote. Raises CheckpointError for anything else."""
+        """What ``to_json`` wrote. Raises CheckpointError for anything else, so for numbers that are
+        not finite and for what is nested more deeply than a certificate is."""
         try:
-            whole = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            whole = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_no_constant,
+                parse_float=_finite,
+            )
+            _require_shallow(whole)
             if not isinstance(whole, dict) or whole.get("format") != FORMAT:
                 raise CheckpointError(f"this is not a {FORMAT}")
             if whole["version"] != VERSION:
@@ -359,18 +374,28 @@ def certify_removal(
     return paper.save(folder)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value): of every field that is no mapping with entries. A key's dots are escaped."""
-    if isinstance(value, Mapping) and value:
+def _leaves(value: Any, path: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(path, value): of every field that is no mapping with entries. A key's dots are escaped.
+
+    The path is None at the root alone, so that an empty key lengthens a path as any other does;
+    a root without entries has no field.
+    """
+    if isinstance(value, Mapping) and (value or path is None):
         for key, inner in value.items():
             escaped = str(key).replace("\\", "\\\\").replace(".", "\\.")
-            yield from _leaves(inner, f"{path}.{escaped}" if path else escaped)
+            yield from _leaves(inner, escaped if path is None else f"{path}.{escaped}")
     else:
-        yield path, value
+        yield path or "", value
 
 
 def _digests(content: Mapping[str, Any]) -> dict[str, str]:
-    return {path: _sha(canonical(value)) for path, value in _leaves(content)}
+    """Raises CheckpointError where two fields have one name: one digest would cover both."""
+    found: dict[str, str] = {}
+    for path, value in _leaves(content):
+        if path in found:
+            raise CheckpointError(f"two fields of the certificate have the name {path!r}")
+        found[path] = _sha(canonical(value))
+    return found
 
 
 def _signed(digests: Mapping[str, Any]) -> bytes:
@@ -388,15 +413,50 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of a certificate")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no number of a certificate")
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Raise CheckpointError for what is nested more deeply than ``_DEEPEST``."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise CheckpointError(f"a certificate is nested in {_DEEPEST} levels at most")
+        inside = (v for v in level if isinstance(v, dict | list))
+        level = [w for v in inside for w in (v.values() if isinstance(v, dict) else v)]
+
+
+def listing(names: Sequence[str]) -> list[str]:
+    """Names to show to a person: the first 20, each cut at 80 characters, and how many more."""
+    shown = [n if len(n) <= _LONGEST else n[: _LONGEST - 3] + "..." for n in names[:_SHOWN]]
+    return shown if len(names) <= _SHOWN else [*shown, f"and {len(names) - _SHOWN} more"]
+
+
 # --- keys -----------------------------------------------------------------------------------------
+
+
+def _require_cryptography() -> None:
+    try:
+        import cryptography  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "signing and checking signatures need cryptography: pip install 'lifelong[audit]'"
+        ) from error
 
 
 def create_key(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """A new Ed25519 key: the private one at ``path``, which its owner alone can read, the public
     one beside it with the suffix .pub. Both PEM, the private one not encrypted.
 
-    Raises FileExistsError where either is there: a key is never overwritten; ImportError.
+    Raises FileExistsError where either is there: a key is never overwritten; ImportError without
+    ``cryptography``.
     """
+    _require_cryptography()
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -433,8 +493,9 @@ def _new_file(path: Path, data: bytes, mode: int) -> None:
 
 
 def load_private_key(path: str | os.PathLike[str]) -> Any:
-    """Raises FileNotFoundError, PermissionError where others can read the file, ValueError for
-    what is no Ed25519 key in PEM."""
+    """Raises ImportError without ``cryptography``, FileNotFoundError, PermissionError where others
+    can read the file, ValueError for what is no Ed25519 key in PEM."""
+    _require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -446,7 +507,9 @@ def load_private_key(path: str | os.PathLike[str]) -> Any:
 
 
 def load_public_key(path: str | os.PathLike[str]) -> Any:
-    """Raises FileNotFoundError, ValueError for what is no Ed25519 key in PEM."""
+    """Raises ImportError without ``cryptography``, FileNotFoundError, ValueError for what is no
+    Ed25519 key in PEM."""
+    _require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
