@@ -164,6 +164,27 @@ def test_an_unsigned_certificate_says_so(run, command):
     assert "not signed" in Path("y/seed-0/certificate.html").read_text().lower()
 
 
+def test_nothing_is_certified_where_nothing_was_removed(command, tmp_path):
+    """A prior without gradient and curvature: what it did not keep cannot leave it."""
+    common = ["run", *RUN[:-2], "--epochs", "1", "--quiet", "--out"]
+    assert cli.main([*common, str(tmp_path / "f"), "--prior", "finetune"]) == 0
+    removal = ("--task", "1", "--out", "y", "--certificate", *FEW)
+    code, _, err = command("remove", tmp_path / "f", *removal)
+    assert code == 1
+    assert "holds nothing of" in err
+    assert "train afresh without them, or use gradient_reconstruction" in err
+    assert not Path("y").exists()
+    replay = [str(tmp_path / "e"), "--prior", "experience_replay", "--memory", "6"]
+    assert cli.main([*common, *replay]) == 0
+    code, out, _ = command("remove", tmp_path / "e", *removal)
+    assert code == 0
+    assert "the experience_replay prior holds nothing of" in out.replace("\n", " ")
+    counts = Certificate.load("y/seed-0/certificate.json").content["removed"]
+    kept = int((prior_of(tmp_path / "e").memory.task == 0).sum())
+    assert (counts["in_memory"], counts["given"]) == (kept, 0)
+    assert counts["not_held"] == len(counts["ids"]) - kept > 0
+
+
 def test_a_chain_of_all_kinds(run, command):
     """Each starts from the folder of the last, whose network may be another."""
     new = np.random.default_rng(0).normal(size=(9, 2)).astype("float32")

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -164,6 +165,28 @@ def test_of_a_learner_that_removed(world: dict[str, Any], keys: tuple[Path, Path
     assert page.is_file()
     with pytest.raises(ValueError, match="nothing was removed"):
         certify_removal(tmp_path, removed={}, **told)
+    for wrong in (1, -1):
+        with pytest.raises(ValueError, match=f"so {wrong} that the prior did not hold cannot be"):
+            certify_removal(tmp_path, removed={0: data}, not_held=wrong, **told)
+    # Of one that was never held: told apart from what left.
+    more = {0: data, 1: data[:1]}
+    file, page = certify_removal(tmp_path, removed=more, not_held=1, **told)
+    counts = Certificate.load(file).content["removed"]
+    assert [counts[n] for n in ("in_memory", "given", "not_held")] == [5, 0, 1]
+    assert "in no part of the prior" in page.read_text()
+
+
+def test_the_numbers_agree_with_the_examples(world: dict[str, Any]):
+    fewer = replace(world["unlearned"].removal, removed=None)
+    for told, fits in ((5, True), (4, False), (6, False)):
+        done = replace(world["unlearned"], removal=replace(fewer, given=told))
+        if fits:
+            assert certify(**{**world, "unlearned": done}).content["removed"]["given"] == 5
+        else:
+            with pytest.raises(ValueError, match=f"5 examples .* and {told} were forgotten"):
+                certify(**{**world, "unlearned": done})
+    done = replace(world["unlearned"], removal=replace(fewer, given=2, not_held=3))
+    assert certify(**{**world, "unlearned": done}).content["removed"]["not_held"] == 3
 
 
 # ------------------------------------------------------------------ tampering
@@ -279,6 +302,7 @@ def test_contents_that_differ_have_other_digests(a: dict[str, Any], b: dict[str,
 def test_every_small_content_has_digests_of_its_own():
     keys = ["", ".", "a", "a.", "\\", "0"]
     values: list[Any] = [0, "", [], {}]
+    inner: list[Any] = []
     for _ in range(2):
         inner = [{k: v} for k in keys for v in values]
         values = [*values, *inner, *[[v] for v in values[:4]]]

@@ -28,7 +28,7 @@ from .certificate import certify_removal, load_private_key
 from .checkpoint import write
 from .config import UsageError
 from .data import Examples, Head
-from .errors import ClippedWarning
+from .errors import ClippedWarning, NotHeldWarning
 from .learner import CHECKPOINT, Learner
 from .likelihoods import Categorical
 from .memory import remember
@@ -111,13 +111,15 @@ class Past:
 @dataclass(frozen=True, eq=False)
 class Adapted:
     """The learner after the change, what was taken out of which task, and the cost. clipped: the
-    largest part of a curvature that was to leave and stays."""
+    largest part of a curvature that was to leave and stays; not_held: of how many of the removed
+    the prior held nothing."""
 
     learner: Learner
     removed: Mapping[int, Examples]
     cost: Refit
     notes: tuple[str, ...] = ()
     clipped: float = 0.0
+    not_held: int = 0
 
 
 # -------------------------------------------------------------------- one adaptation
@@ -281,10 +283,11 @@ def _change(
             cost = _transferred(learner, past, change, plan, options)
     notes = tuple(dict.fromkeys(str(w.message) for w in caught if w.category in _NOTES))
     parts = [w.message.fraction for w in caught if isinstance(w.message, ClippedWarning)]
-    return Adapted(learner, removed, cost, notes, max(parts, default=0.0))
+    not_held = sum(w.message.count for w in caught if isinstance(w.message, NotHeldWarning))
+    return Adapted(learner, removed, cost, notes, max(parts, default=0.0), not_held)
 
 
-_NOTES = (UserWarning, ClippedWarning)
+_NOTES = (UserWarning, ClippedWarning, NotHeldWarning)
 
 
 def _added(change: Add, past: Past, plan: Plan) -> tuple[Examples, Examples | None]:
@@ -572,6 +575,7 @@ def _certify(
         removed=found.removed,
         refit=found.cost,
         clipped=found.clipped,
+        not_held=found.not_held,
         audit=checked,
         note=note,
         key=certifying.key,

@@ -45,8 +45,9 @@ _SHOWN, _LONGEST = 20, 80  # names, and characters of each
 
 GUARANTEED = (
     "The examples named here are not in the memory of the prior with the digest given as after.",
-    "Their gradient was subtracted from the prior's, and of those that were not in memory the "
-    "curvature, but for the part given as clipped; the prior stands at the new weights.",
+    "What the prior's gradient held of them was subtracted from it, and from its curvature what it "
+    "held of those that were not in memory, but for the part given as clipped; of those given as "
+    "not_held it held nothing, and nothing was taken out. The prior stands at the new weights.",
     "The soft labels that the prior holds of other examples were asked for again from the new "
     "model, if the prior's recipe refreshes them.",
     "The figures are those of the models whose digests are given.",
@@ -287,7 +288,8 @@ def certify(
     examples, for their digests; None where nobody has them any more (a group known by its
     statistics alone), which is said. ids: their names, by default those that the data carry. note:
     of whoever asked for it. Raises as ``Certificate.sign``, and ValueError where ids and examples
-    differ in number.
+    differ in number, or these from those that ``unlearned`` took out or found in no part of the
+    prior.
     """
     examples = [] if removed is None else digest_examples(removed)
     if ids is None:
@@ -296,6 +298,11 @@ def certify(
     if removed is not None and len(ids) != len(examples):
         raise ValueError(f"expected as many ids as examples, {len(examples)}, got {len(ids)}")
     found, done = unlearned.removal, unlearned.refit
+    if removed is not None and len(examples) != found.count:
+        raise ValueError(
+            f"{len(examples)} examples were given as removed, and {found.count} were forgotten; "
+            "certify exactly those that were forgotten"
+        )
     content = {
         "date": (date or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
         "note": note,
@@ -305,6 +312,7 @@ def certify(
             "in_memory": 0 if found.removed is None else len(found.removed),
             "given": found.given,
             "by_statistics": found.by_statistics,
+            "not_held": found.not_held,
         },
         "model": {"before": digest_model(before), "after": digest_model(after)},
         "prior": {"before": digest_prior(prior), "after": digest_prior(unlearned.prior)},
@@ -335,13 +343,15 @@ def certify_removal(
     removed: Mapping[int, Examples],
     refit: Refit,
     clipped: float = 0.0,
+    not_held: int = 0,
     audit: Audit | None = None,
     note: str = "",
     key: Any = None,
 ) -> tuple[Path, Path]:
     """The certificate of a removal that ``Learner.remove`` did, saved in ``folder``: the paths of
-    json and page. removed: task -> examples, named "task:id". Raises as ``certify`` and ``save``,
-    ValueError where nothing was removed.
+    json and page. removed: task -> examples, named "task:id"; not_held: of how many the prior held
+    nothing (``NotHeldWarning.count``). Raises as ``certify`` and ``save``, ValueError where nothing
+    was removed, or more was not held than was not in memory.
     """
     if not removed:
         raise ValueError("nothing was removed, so there is nothing to certify")
@@ -350,12 +360,23 @@ def certify_removal(
     examples = Examples(concat([b.inputs for b in parts]), torch.cat([b.labels for b in parts]))
     held = [0 if p.memory is None else len(p.memory) for p in (prior_before, prior_after)]
     in_memory = held[0] - held[1]
+    if not 0 <= not_held <= len(ids) - in_memory or not_held == len(ids):
+        raise ValueError(
+            f"of {len(ids)} examples {in_memory} were in memory, so {not_held} that the prior did "
+            "not hold cannot be; a removal that took nothing out has no certificate"
+        )
     gone = None
     if in_memory and prior_before.memory is not None:
         gone = prior_before.memory[slice(0, in_memory)]  # only its number is told
     done = Unlearned(
         prior_after,
-        Removal(prior_after.terms, gone, given=len(ids) - in_memory, clipped=clipped),
+        Removal(
+            prior_after.terms,
+            gone,
+            given=len(ids) - in_memory - not_held,
+            clipped=clipped,
+            not_held=not_held,
+        ),
         refit,
         forgetting=0.0,
         seconds=refit.seconds,
