@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from lifelong import adapted_runs, cli, runs
-from lifelong.adapted_runs import ADAPTATION, Remove, Transfer, adapt
-from lifelong.certificate import Certificate, create_key, digest_prior
+from lifelong.adapted_runs import (
+    ADAPTATION,
+    Add,
+    Certifying,
+    Regularise,
+    Remove,
+    Transfer,
+    adapt,
+)
+from lifelong.certificate import Certificate, create_key, digest_examples, digest_prior
 from lifelong.checkpoint import load
+from lifelong.errors import CheckpointError
 from lifelong.learner import CHECKPOINT
 from lifelong.prior import Prior
 
@@ -164,6 +173,27 @@ def test_an_unsigned_certificate_says_so(run, command):
     assert "not signed" in Path("y/seed-0/certificate.html").read_text().lower()
 
 
+def test_nothing_is_certified_where_nothing_was_removed(command, tmp_path):
+    """A prior without gradient and curvature: what it did not keep cannot leave it."""
+    common = ["run", *RUN[:-2], "--epochs", "1", "--quiet", "--out"]
+    assert cli.main([*common, str(tmp_path / "f"), "--prior", "finetune"]) == 0
+    removal = ("--task", "1", "--out", "y", "--certificate", *FEW)
+    code, _, err = command("remove", tmp_path / "f", *removal)
+    assert code == 1
+    assert "holds nothing of" in err
+    assert "train afresh without them, or use gradient_reconstruction" in err
+    assert not Path("y").exists()
+    replay = [str(tmp_path / "e"), "--prior", "experience_replay", "--memory", "6"]
+    assert cli.main([*common, *replay]) == 0
+    code, out, _ = command("remove", tmp_path / "e", *removal)
+    assert code == 0
+    assert "the experience_replay prior holds nothing of" in out.replace("\n", " ")
+    counts = Certificate.load("y/seed-0/certificate.json").content["removed"]
+    kept = int((prior_of(tmp_path / "e").memory.task == 0).sum())
+    assert (counts["in_memory"], counts["given"]) == (kept, 0)
+    assert counts["not_held"] == len(counts["ids"]) - kept > 0
+
+
 def test_a_chain_of_all_kinds(run, command):
     """Each starts from the folder of the last, whose network may be another."""
     new = np.random.default_rng(0).normal(size=(9, 2)).astype("float32")
@@ -299,6 +329,80 @@ def test_a_failure_half_way_leaves_no_folder(run, tmp_path, monkeypatch):
         adapt(run, tmp_path / "y", Remove(label=1), max_iterations=1)
     assert len(count) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_calls_at_once_do_not_touch_each_other(run, tmp_path):
+    """A mistaken call and a right one come between the seeds of another: what appears first is
+    whole, and the other says that the place is taken."""
+    out, calls = tmp_path / "deep" / "y", []
+
+    def watch(line: str) -> None:
+        if calls:
+            return
+        calls.append(line)
+        with pytest.raises(runs.UsageError, match="nothing to remove"):
+            adapt(run, out, Remove(label=77))
+        adapt(run, out, Regularise(0.25), max_iterations=1)
+
+    with pytest.raises(runs.UsageError, match="exists already; choose another folder"):
+        adapt(run, out, Regularise(0.5), watch=watch, max_iterations=1)
+    assert calls
+    assert [p.name for p in out.parent.iterdir()] == ["y"]
+    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
+    for seed in (0, 1):
+        assert prior_of(out, seed).regulariser.precision == 0.25
+    # A mistaken call alone leaves the other one whole.
+    calls.clear()
+
+    def mistake(line: str) -> None:
+        with pytest.raises(runs.UsageError, match="nothing to remove"):
+            adapt(run, tmp_path / "z", Remove(label=77))
+
+    adapt(run, tmp_path / "z", Regularise(0.5), watch=mistake, max_iterations=1)
+    assert sorted(p.name for p in (tmp_path / "z").glob("seed-*")) == ["seed-0", "seed-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "z"]
+    assert (tmp_path / "z").stat().st_mode == (tmp_path / "deep").stat().st_mode
+
+
+def test_examples_of_a_file_are_kept_as_they_were(run, tmp_path):
+    """What was added is known by the run's own copy: the file may change or go. A removal leaves
+    what it removes out of its copy, and no other example."""
+    x = np.random.default_rng(0).normal(size=(9, 2)).astype("float32")
+    y = np.arange(9) % 2
+    file = tmp_path / "new.npz"
+    np.savez(file, x=x, y=y)
+    one = {"seed": 0, "max_iterations": 1}
+    change = adapt(run, tmp_path / "a", Add(file=file, head=(0, 1)), **one)["change"]
+    assert change["copy"] == "added-1.safetensors"
+    np.savez(file, x=x[::-1], y=y[::-1])
+    adapt(tmp_path / "a", tmp_path / "b", Regularise(0.5), **one)
+    file.unlink()
+    gone = Remove(ids=(2, 5), task=3)
+    keep = Certifying(note="copy")
+    adapt(tmp_path / "b", tmp_path / "c", gone, certifying=keep, **one)
+    paper = Certificate.load(tmp_path / "c" / "seed-0" / "certificate.json")
+    expected = digest_examples((torch.tensor(x[[2, 5]]), torch.tensor(y[[2, 5]])))
+    assert paper.content["removed"]["sha256"] == expected
+    for name, left in (("a", range(9)), ("b", range(9)), ("c", (0, 1, 3, 4, 6, 7, 8))):
+        kept = load(tmp_path / name / "added-1.safetensors", kind="examples")
+        assert kept["ids"].tolist() == list(left)
+        assert torch.equal(kept["inputs"], torch.tensor(x[list(left)]))
+        assert kept["head"] == [0, 1]
+    raw = x[2].tobytes()
+    assert not [f for f, b in files(tmp_path / "c").items() if raw in b]
+    # Once more from there: the others can leave, those that left cannot.
+    with pytest.raises(runs.UsageError, match="2, 5 are not among"):
+        adapt(tmp_path / "c", tmp_path / "d", gone, **one)
+    adapt(tmp_path / "c", tmp_path / "d", Remove(ids=(3,), task=3), **one)
+    assert len(load(tmp_path / "d" / "added-1.safetensors", kind="examples")["ids"]) == 6
+    copied = tmp_path / "c" / "added-1.safetensors"
+    copied.write_bytes((tmp_path / "a" / "added-1.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        adapt(tmp_path / "c", tmp_path / "e", Regularise(1.0), **one)
+    copied.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        adapt(tmp_path / "c", tmp_path / "e", Regularise(1.0), **one)
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_run_without_learners_or_memory(run, command, tmp_path):

@@ -7,6 +7,8 @@ import html
 import json
 import os
 import stat
+import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -163,6 +165,28 @@ def test_of_a_learner_that_removed(world: dict[str, Any], keys: tuple[Path, Path
     assert page.is_file()
     with pytest.raises(ValueError, match="nothing was removed"):
         certify_removal(tmp_path, removed={}, **told)
+    for wrong in (1, -1):
+        with pytest.raises(ValueError, match=f"so {wrong} that the prior did not hold cannot be"):
+            certify_removal(tmp_path, removed={0: data}, not_held=wrong, **told)
+    # Of one that was never held: told apart from what left.
+    more = {0: data, 1: data[:1]}
+    file, page = certify_removal(tmp_path, removed=more, not_held=1, **told)
+    counts = Certificate.load(file).content["removed"]
+    assert [counts[n] for n in ("in_memory", "given", "not_held")] == [5, 0, 1]
+    assert "in no part of the prior" in page.read_text()
+
+
+def test_the_numbers_agree_with_the_examples(world: dict[str, Any]):
+    fewer = replace(world["unlearned"].removal, removed=None)
+    for told, fits in ((5, True), (4, False), (6, False)):
+        done = replace(world["unlearned"], removal=replace(fewer, given=told))
+        if fits:
+            assert certify(**{**world, "unlearned": done}).content["removed"]["given"] == 5
+        else:
+            with pytest.raises(ValueError, match=f"5 examples .* and {told} were forgotten"):
+                certify(**{**world, "unlearned": done})
+    done = replace(world["unlearned"], removal=replace(fewer, given=2, not_held=3))
+    assert certify(**{**world, "unlearned": done}).content["removed"]["not_held"] == 3
 
 
 # ------------------------------------------------------------------ tampering
@@ -257,6 +281,84 @@ def test_keys_with_dots_are_not_taken_for_each_other():
     assert a.digests.keys() != b.digests.keys()
 
 
+# Keys that could be taken for a path, a place in a list or nothing; values that hold nothing.
+_KEYS = st.sampled_from(["", ".", "a", "a.b", "b", "\\", "\\.", "0"])
+_NEAR = st.recursive(
+    st.sampled_from([None, False, 0, 0.0, 1, "", "a", [], {}]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(a=st.dictionaries(_KEYS, _NEAR, max_size=3), b=st.dictionaries(_KEYS, _NEAR, max_size=3))
+def test_contents_that_differ_have_other_digests(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """The list of digests, which is what is signed, tells any two contents apart."""
+    same = canonical(a) == canonical(b)
+    assert (Certificate.of(a).digests == Certificate.of(b).digests) == same
+    wrapped = {**b, "": a}  # the root hidden under an empty key, beside something else
+    assert Certificate.of(wrapped).digests != Certificate.of(a).digests
+
+
+def test_every_small_content_has_digests_of_its_own():
+    keys = ["", ".", "a", "a.", "\\", "0"]
+    values: list[Any] = [0, "", [], {}]
+    inner: list[Any] = []
+    for _ in range(2):
+        inner = [{k: v} for k in keys for v in values]
+        values = [*values, *inner, *[[v] for v in values[:4]]]
+    contents = [{k: v} for k in keys for v in values]
+    contents += [{k: v, q: w} for k in keys for q in keys if k < q for v in inner[:40]
+                 for w in (0, {}, {"": 0})]  # fmt: skip
+    contents.append({})
+    texts = {canonical(c) for c in contents}
+    lists = {canonical(dict(Certificate.of(c).digests)) for c in contents}
+    assert len(lists) == len(texts) > 1000
+
+
+def test_the_signed_content_does_not_cover_for_another(
+    signed: Certificate, keys: tuple[Path, Path]
+):
+    """What was signed, under an empty key, beside fields that say something else."""
+    whole = json.loads(signed.to_json())
+    original = copy.deepcopy(whole["content"])
+    whole["content"].update({"note": "request 99", "": original})
+    found = Certificate.from_json(json.dumps(whole)).verify(keys[1])
+    assert not found.valid
+    assert "note" in found.changed
+    assert ".note" in found.changed
+    twice = Certificate({1: "a", "1": "b"}, {}, "")  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match="two fields of the certificate have the name '1'"):
+        twice.verify(keys[1])
+
+
+def test_many_changes_are_not_all_listed(signed: Certificate, keys: tuple[Path, Path]):
+    whole = json.loads(signed.to_json())
+    whole["content"].update({f"{i:03}" + "x" * 10_000: i for i in range(500)})
+    found = Certificate.from_json(json.dumps(whole)).verify(keys[1])
+    assert len(found.changed) == 500
+    assert len(found.reason) < 2000
+    assert "and 480 more" in found.reason
+    assert module.listing(["a", "b"]) == ["a", "b"]
+    assert [len(n) for n in module.listing(["x" * 80, "x" * 81])] == [80, 80]
+
+
+def test_without_the_extra(
+    signed: Certificate, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    key = load_public_key(keys[1])
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for attempt in (
+        lambda: create_key(tmp_path / "k.pem"),
+        lambda: load_private_key(keys[0]),
+        lambda: load_public_key(keys[1]),
+        lambda: signed.sign(key),
+        lambda: signed.verify(key),
+    ):
+        with pytest.raises(ImportError, match=r"pip install 'lifelong\[audit\]'"):
+            attempt()
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------ files
 
 
@@ -283,6 +385,10 @@ def test_files(signed: Certificate, keys: tuple[Path, Path], tmp_path: Path):
         (lambda t: t.replace('"note": ""', '"note": "", "note": ""'), "a key occurs twice"),
         (lambda t: t.replace('"content": {', '"content": 3, "rest": {'), "the wrong types"),
         (lambda t: "[" * 100_000, "truncated or not one"),
+        (lambda t: t.replace('"note": ""', '"note": 1e999'), "1e999 is no number"),
+        (lambda t: t.replace('"note": ""', '"note": -1e999'), "-1e999 is no number"),
+        (lambda t: t.replace('""', '{"a":' * 900 + "1" + "}" * 900), "in 32 levels at most"),
+        (lambda t: t.replace('""', "[" * 900 + "1" + "]" * 900), "in 32 levels at most"),
         (lambda t: "{}", "this is not a"),
     ],
 )

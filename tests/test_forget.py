@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lifelong
 from lifelong import Examples, Prior, Recipe, Regulariser
-from lifelong.errors import ClippedWarning
+from lifelong.errors import ClippedWarning, NotHeldWarning
 from lifelong.groups import Groups
 from lifelong.testing import cases, laws
 from lifelong.testing.cases import Case, Split
@@ -168,12 +168,43 @@ def test_replay_forgets_the_members_of_a_group():
     model, data = case.make_model(0), case.data[0]
     groups = of(data)
     after = prior.update(model, data, groups=groups, generator=torch.Generator().manual_seed(0))
-    left = after.forget(model, groups=[0])
+    with pytest.warns(NotHeldWarning, match="holds nothing of 1 of these"):
+        left = after.forget(model, groups=[0])
     assert left.memory is not None
     assert after.memory is not None
     expected = after.memory.origin[groups[after.memory.origin] != 0]
     assert torch.equal(left.memory.origin, expected)
     assert left.num_data == int((groups != 0).sum())
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune", "lwf", "experience_replay", "der", "weight_decay", "ewc"]
+)
+def test_what_is_in_no_part_of_a_prior_is_not_said_to_be_removed(name: str) -> None:
+    """Either something of an example changes the prior, or the call says that nothing did."""
+    case = NETWORKS["mlp Categorical"]
+    model, data = case.make_model(0), case.data[0]
+    options = {"memory": 5} if name in ("experience_replay", "der") else {}
+    after = getattr(lifelong, name)(case.likelihood, **options).update(model, data)
+    held = torch.tensor([], dtype=torch.long) if after.memory is None else after.memory.origin
+    outside = data[(~torch.isin(data.ids, held)).nonzero().squeeze(1)]
+    place = laws.moved(model, by=0.2, seed=4)
+    if after.weight is not None and after.weight.curvature is not None:
+        found = after._removal(model, outside[:4])
+        assert (found.given, found.not_held) == (4, 0)
+        assert not torch.equal(after._without(found)(place), after(place))
+        return
+    with laws.untouched(model), pytest.raises(ValueError, match="use gradient_reconstruction"):
+        after.forget(model, outside[:4])
+    if not len(held):
+        return
+    with pytest.warns(NotHeldWarning, match="holds nothing of") as caught:
+        left = after.forget(model, data)
+    (told,) = (w.message for w in caught)
+    assert isinstance(told, NotHeldWarning)
+    assert told.count == len(data) - len(held)
+    assert left.num_data == 0
+    assert left.memory is None
 
 
 @pytest.mark.parametrize("loader", [False, True])

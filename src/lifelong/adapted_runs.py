@@ -5,17 +5,25 @@
 runs/y/config.json, config.toml   those of runs/x, and in the first what was changed since
 runs/y/adaptation.json            accuracy before and after, gradients and seconds, of each seed
 runs/y/seed-0/learner.safetensors the learner; the next adaptation starts from it
+runs/y/added-1.safetensors        the examples that the first change added from a file
 
-The old run is only read. The new folder is put together beside its place and moved there whole.
+The old run is only read. The new folder is put together beside its place, under a name of its own,
+and moved there whole; a kill leaves that one, which is hidden, and nothing at the new place.
+**Examples that were added from a file are copied into the run**, and from there into each run that
+is adapted from it, with the sha256 of the copy in config.json: they are known by the copy from then
+on, whatever becomes of the file. A removal leaves those that it removes out of its own copy.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +33,11 @@ from torch import Tensor, nn
 
 from .benchmarks import learner_options, mlp
 from .certificate import certify_removal, load_private_key
-from .checkpoint import write
+from .checkpoint import dumps, write
+from .checkpoint import load as load_checkpoint
 from .config import UsageError
 from .data import Examples, Head
-from .errors import ClippedWarning
+from .errors import CheckpointError, ClippedWarning, NotHeldWarning
 from .learner import CHECKPOINT, Learner
 from .likelihoods import Categorical
 from .memory import remember
@@ -86,6 +95,7 @@ class Transfer:
 
 
 Change = Add | Remove | Regularise | Transfer
+Added = tuple[Examples, Examples | None]  # examples to learn, their test examples
 
 
 @dataclass(frozen=True)
@@ -111,13 +121,15 @@ class Past:
 @dataclass(frozen=True, eq=False)
 class Adapted:
     """The learner after the change, what was taken out of which task, and the cost. clipped: the
-    largest part of a curvature that was to leave and stays."""
+    largest part of a curvature that was to leave and stays; not_held: of how many of the removed
+    the prior held nothing."""
 
     learner: Learner
     removed: Mapping[int, Examples]
     cost: Refit
     notes: tuple[str, ...] = ()
     clipped: float = 0.0
+    not_held: int = 0
 
 
 # -------------------------------------------------------------------- one adaptation
@@ -157,8 +169,10 @@ def adapt(
     plan, before = prepare(config), _history(run)
     results: list[dict[str, Any]] = []
     learned, step = 0, {}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    added: Added | None = None
+    near = next(folder for folder in out.absolute().parents if folder.exists())
+    place = Path(tempfile.mkdtemp(dir=near, prefix=f".{out.name}."))
+    partial = place / "run"  # with the usual rights, which place has not
     try:
         for number in seeds:
             learner, past = _restored(plan, run, number, before)
@@ -169,11 +183,15 @@ def adapt(
                 )
             learned = len(past.train)
             removed = _chosen(change, past) if isinstance(change, Remove) else {}
-            step = _step(change, removed)
+            step = _step(change, removed, 1 + len(before["steps"] if before else []))
+            what = change
+            if isinstance(what, Add):
+                added = added or _added(what, past, plan)  # a file is read once
+                what = added[0]
             tests = _accuracies(learner.model, past, removed)
             origin = (copy.deepcopy(learner.model), learner.prior)
-            found = _change(learner, past, change, removed, plan, options)
-            after = _after(past, step, plan)
+            found = _change(learner, past, what, removed, plan, options)
+            after = _after(past, step, added)
             result = _result(number, found, tests, _accuracies(learner.model, after, removed))
             fresh = None
             if compare:
@@ -181,22 +199,32 @@ def adapt(
             results.append(result)
             if watch is not None:
                 watch(f"seed {number} is adapted")
-            learner.save(partial / f"seed-{number}" / CHECKPOINT)
+            folder = partial / f"seed-{number}"
+            learner.save(folder / CHECKPOINT)
             if certifying is not None:
-                folder = partial / f"seed-{number}"
                 seconds = result.get("retrained", {}).get("seconds")
                 _certify(folder, certifying, found, origin, fresh, after, seconds)
                 result["certificate"] = f"seed-{number}/certificate.html"
         history = before or {"learned": learned, "steps": []}
-        history = {**history, "steps": [*history["steps"], step]}
-        summary = {"from": str(run), "change": step, "seeds": results}
+        history = {**history, "steps": _carry(partial, run, history, step, added)}
+        summary = {"from": str(run), "change": history["steps"][-1], "seeds": results}
         _write(partial, run, history, summary)
-        if out.exists():
-            out.rmdir()  # it is empty
-        partial.rename(out)
+        _move(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     return summary
+
+
+def _move(folder: Path, out: Path) -> None:
+    """To a place that is free or empty. Raises UsageError where another call has taken it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with suppress(FileNotFoundError):
+            out.rmdir()
+        folder.rename(out)
+    except OSError:
+        require_unused(out)
+        raise
 
 
 def require_unused(out: Path) -> None:
@@ -228,7 +256,11 @@ def _restored(
     if history:
         past = _first(plan, history["learned"])
         for step in steps:
-            past = _after(past, step, plan)
+            added = None
+            if step["kind"] == "add":
+                at = step.get("task")
+                added = (_copied(run, step), None) if at is None else _next(plan, at)
+            past = _after(past, step, added)
         model = _network(plan, past)
         learner = Learner(model, learner.prior, seed=seed, **learner_options(plan.training))
     learner.load(run / f"seed-{seed}" / CHECKPOINT)
@@ -259,15 +291,15 @@ def _network(plan: Plan, past: Past) -> nn.Module:
 def _change(
     learner: Learner,
     past: Past,
-    change: Change,
+    change: Examples | Remove | Regularise | Transfer,
     removed: Mapping[int, Examples],
     plan: Plan,
     options: Mapping[str, Any],
 ) -> Adapted:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if isinstance(change, Add):
-            cost = learner.add(_added(change, past, plan)[0], **options)
+        if isinstance(change, Examples):
+            cost = learner.add(change, **options)
         elif isinstance(change, Remove):
             # A network's G is of several anchors, so that a part of it seldom fits into the rest.
             how: dict[str, Any] = {"on_indefinite": "clip"}
@@ -281,14 +313,19 @@ def _change(
             cost = _transferred(learner, past, change, plan, options)
     notes = tuple(dict.fromkeys(str(w.message) for w in caught if w.category in _NOTES))
     parts = [w.message.fraction for w in caught if isinstance(w.message, ClippedWarning)]
-    return Adapted(learner, removed, cost, notes, max(parts, default=0.0))
+    not_held = sum(w.message.count for w in caught if isinstance(w.message, NotHeldWarning))
+    return Adapted(learner, removed, cost, notes, max(parts, default=0.0), not_held)
 
 
-_NOTES = (UserWarning, ClippedWarning)
+_NOTES = (UserWarning, ClippedWarning, NotHeldWarning)
 
 
-def _added(change: Add, past: Past, plan: Plan) -> tuple[Examples, Examples | None]:
-    """(examples to learn, their test examples)."""
+def _next(plan: Plan, number: int) -> Added:
+    task = list(plan.stream)[number - 1]
+    return task.train, task.test
+
+
+def _added(change: Add, past: Past, plan: Plan) -> Added:
     if (change.task is None) == (change.file is None):
         raise UsageError("say what to add: --from FILE, or --task N of the benchmark")
     if change.task is not None:
@@ -300,8 +337,7 @@ def _added(change: Add, past: Past, plan: Plan) -> tuple[Examples, Examples | No
                 f"--task {change.task} cannot be added: {told} ({len(tasks)} tasks); other "
                 "examples come from --from FILE"
             )
-        task = tasks[change.task - 1]
-        return task.train, task.test
+        return _next(plan, change.task)
     examples = load(change.file)
     expected = next(iter(past.train)).batch(slice(0, 1)).inputs if past.train else None
     got = examples.batch(slice(0, 1)).inputs
@@ -398,24 +434,61 @@ def _classes(change: Transfer, past: Past) -> tuple[int | None, ...] | None:
 # -------------------------------------------------------------------- what is left
 
 
-def _step(change: Change, removed: Mapping[int, Examples]) -> dict[str, Any]:
-    """The change as plain values, from which ``_after`` tells what is left."""
+def _step(change: Change, removed: Mapping[int, Examples], number: int) -> dict[str, Any]:
+    """The change as plain values, from which ``_after`` tells what is left; number: which change
+    of the run it is, from 1."""
     kind = type(change).__name__.lower()
     if isinstance(change, Remove):
         return {"kind": kind, "ids": {str(t): e.ids.tolist() for t, e in removed.items()}}
     values = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in asdict(change).items()}
-    return {"kind": kind, **{k: v for k, v in values.items() if v is not None}}
+    step = {"kind": kind, **{k: v for k, v in values.items() if v is not None}}
+    return {**step, "copy": f"added-{number}.safetensors"} if "file" in step else step
 
 
-def _after(past: Past, step: Mapping[str, Any], plan: Plan) -> Past:
-    if step["kind"] == "add":
-        file, head = step.get("file"), step.get("head")
-        change = Add(
-            step.get("task"),
-            None if file is None else Path(file),
-            None if head is None else tuple(head),
-        )
-        train, test = _added(change, past, plan)
+def _carry(
+    folder: Path,
+    run: Path,
+    history: Mapping[str, Any],
+    step: Mapping[str, Any],
+    added: Added | None,
+) -> list[dict[str, Any]]:
+    """All steps of the new run, and in ``folder`` the copies of what they added from files, less
+    what ``step`` removes; each step has its copy's sha256."""
+    steps, task = [], history["learned"]
+    for each in (*history["steps"], step):
+        if "copy" in each:
+            new = each is step and added is not None
+            examples = added[0] if new else _copied(run, each)  # type: ignore[index]
+            gone = torch.tensor(step.get("ids", {}).get(str(task), []), dtype=torch.int64)
+            kept = examples[(~torch.isin(examples.ids, gone)).nonzero().squeeze(1)]
+            read = kept.batch(slice(None))
+            state = {"inputs": read.inputs, "labels": read.labels, "ids": read.ids}
+            raw = dumps({**state, "head": kept.head}, kind=_COPY)
+            write(folder / each["copy"], raw)
+            each = {**each, "sha256": hashlib.sha256(raw).hexdigest()}
+        task += each["kind"] == "add"
+        steps.append(dict(each))
+    return steps
+
+
+_COPY = "examples"
+
+
+def _copied(run: Path, step: Mapping[str, Any]) -> Examples:
+    """What a step added from a file. Raises CheckpointError where the copy is not as it was."""
+    path = run / step["copy"]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: it holds examples that the run was given")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != step["sha256"]:
+        raise CheckpointError(f"{path} is not as it was written; take the folder from a backup")
+    state = load_checkpoint(path, kind=_COPY)
+    head = state.pop("head")
+    return Examples(**state, head=None if head is None else tuple(head))
+
+
+def _after(past: Past, step: Mapping[str, Any], added: Added | None) -> Past:
+    if added is not None:
+        train, test = added
         return replace(past, train=(*past.train, train), tests=(*past.tests, test))
     if step["kind"] == "remove":
         train = list(past.train)
@@ -572,6 +645,7 @@ def _certify(
         removed=found.removed,
         refit=found.cost,
         clipped=found.clipped,
+        not_held=found.not_held,
         audit=checked,
         note=note,
         key=certifying.key,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,11 +40,14 @@ from .unlearning import Audit, Unlearned
 
 FORMAT, VERSION = "lifelong certificate of unlearning", 1
 _MOST = 64 * 2**20  # bytes of a file that is read
+_DEEPEST = 32  # levels of what is read
+_SHOWN, _LONGEST = 20, 80  # names, and characters of each
 
 GUARANTEED = (
     "The examples named here are not in the memory of the prior with the digest given as after.",
-    "Their gradient was subtracted from the prior's, and of those that were not in memory the "
-    "curvature, but for the part given as clipped; the prior stands at the new weights.",
+    "What the prior's gradient held of them was subtracted from it, and from its curvature what it "
+    "held of those that were not in memory, but for the part given as clipped; of those given as "
+    "not_held it held nothing, and nothing was taken out. The prior stands at the new weights.",
     "The soft labels that the prior holds of other examples were asked for again from the new "
     "model, if the prior's recipe refreshes them.",
     "The figures are those of the models whose digests are given.",
@@ -139,8 +143,9 @@ class Certificate:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Certificate:
-        """Unsigned. Raises as ``canonical``."""
+        """Unsigned. Raises as ``canonical``, and CheckpointError where keys lie too deep."""
         plain = json.loads(canonical(content))
+        _require_shallow(plain)
         return cls(plain, _digests(plain))
 
     def sign(self, key: Any) -> Certificate:
@@ -148,6 +153,7 @@ class Certificate:
 
         Raises ImportError without ``cryptography``, and as ``load_private_key``.
         """
+        _require_cryptography()
         if isinstance(key, str | os.PathLike):
             key = load_private_key(key)
         fresh = Certificate.of(self.content)
@@ -157,7 +163,8 @@ class Certificate:
     def verify(self, key: Any) -> Verification:
         """Whether it is as it was signed; key: an Ed25519 public key, or the path of its PEM file.
 
-        Raises ImportError without ``cryptography``, and as ``load_public_key``.
+        Raises ImportError without ``cryptography``, as ``load_public_key``, and CheckpointError
+        where two fields have one name.
         """
         if isinstance(key, str | os.PathLike):
             key = load_public_key(key)
@@ -166,6 +173,7 @@ class Certificate:
         changed = tuple(sorted(f for f in fields if now.get(f) != self.digests.get(f)))
         if self.signature is None:
             return Verification(False, changed, "The certificate is not signed.")
+        _require_cryptography()
         from cryptography.exceptions import InvalidSignature
 
         try:
@@ -178,7 +186,8 @@ class Certificate:
                 "changed.",
             )
         if changed:
-            return Verification(False, changed, f"Changed after signing: {', '.join(changed)}.")
+            listed = ", ".join(listing(changed))
+            return Verification(False, changed, f"Changed after signing: {listed}.")
         return Verification(True, (), "Signed with this key, and not changed since.")
 
     def to_json(self) -> str:
@@ -196,9 +205,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Certificate:
-        """What ``to_json`` wrote. Raises CheckpointError for anything else."""
+        """What ``to_json`` wrote. Raises CheckpointError for anything else, so for numbers that are
+        not finite and for what is nested more deeply than a certificate is."""
         try:
-            whole = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            whole = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_no_constant,
+                parse_float=_finite,
+            )
+            _require_shallow(whole)
             if not isinstance(whole, dict) or whole.get("format") != FORMAT:
                 raise CheckpointError(f"this is not a {FORMAT}")
             if whole["version"] != VERSION:
@@ -272,7 +288,8 @@ def certify(
     examples, for their digests; None where nobody has them any more (a group known by its
     statistics alone), which is said. ids: their names, by default those that the data carry. note:
     of whoever asked for it. Raises as ``Certificate.sign``, and ValueError where ids and examples
-    differ in number.
+    differ in number, or these from those that ``unlearned`` took out or found in no part of the
+    prior.
     """
     examples = [] if removed is None else digest_examples(removed)
     if ids is None:
@@ -281,6 +298,11 @@ def certify(
     if removed is not None and len(ids) != len(examples):
         raise ValueError(f"expected as many ids as examples, {len(examples)}, got {len(ids)}")
     found, done = unlearned.removal, unlearned.refit
+    if removed is not None and len(examples) != found.count:
+        raise ValueError(
+            f"{len(examples)} examples were given as removed, and {found.count} were forgotten; "
+            "certify exactly those that were forgotten"
+        )
     content = {
         "date": (date or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
         "note": note,
@@ -290,6 +312,7 @@ def certify(
             "in_memory": 0 if found.removed is None else len(found.removed),
             "given": found.given,
             "by_statistics": found.by_statistics,
+            "not_held": found.not_held,
         },
         "model": {"before": digest_model(before), "after": digest_model(after)},
         "prior": {"before": digest_prior(prior), "after": digest_prior(unlearned.prior)},
@@ -320,13 +343,15 @@ def certify_removal(
     removed: Mapping[int, Examples],
     refit: Refit,
     clipped: float = 0.0,
+    not_held: int = 0,
     audit: Audit | None = None,
     note: str = "",
     key: Any = None,
 ) -> tuple[Path, Path]:
     """The certificate of a removal that ``Learner.remove`` did, saved in ``folder``: the paths of
-    json and page. removed: task -> examples, named "task:id". Raises as ``certify`` and ``save``,
-    ValueError where nothing was removed.
+    json and page. removed: task -> examples, named "task:id"; not_held: of how many the prior held
+    nothing (``NotHeldWarning.count``). Raises as ``certify`` and ``save``, ValueError where nothing
+    was removed, or more was not held than was not in memory.
     """
     if not removed:
         raise ValueError("nothing was removed, so there is nothing to certify")
@@ -335,12 +360,23 @@ def certify_removal(
     examples = Examples(concat([b.inputs for b in parts]), torch.cat([b.labels for b in parts]))
     held = [0 if p.memory is None else len(p.memory) for p in (prior_before, prior_after)]
     in_memory = held[0] - held[1]
+    if not 0 <= not_held <= len(ids) - in_memory or not_held == len(ids):
+        raise ValueError(
+            f"of {len(ids)} examples {in_memory} were in memory, so {not_held} that the prior did "
+            "not hold cannot be; a removal that took nothing out has no certificate"
+        )
     gone = None
     if in_memory and prior_before.memory is not None:
         gone = prior_before.memory[slice(0, in_memory)]  # only its number is told
     done = Unlearned(
         prior_after,
-        Removal(prior_after.terms, gone, given=len(ids) - in_memory, clipped=clipped),
+        Removal(
+            prior_after.terms,
+            gone,
+            given=len(ids) - in_memory - not_held,
+            clipped=clipped,
+            not_held=not_held,
+        ),
         refit,
         forgetting=0.0,
         seconds=refit.seconds,
@@ -359,18 +395,28 @@ def certify_removal(
     return paper.save(folder)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value): of every field that is no mapping with entries. A key's dots are escaped."""
-    if isinstance(value, Mapping) and value:
+def _leaves(value: Any, path: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(path, value): of every field that is no mapping with entries. A key's dots are escaped.
+
+    The path is None at the root alone, so that an empty key lengthens a path as any other does;
+    a root without entries has no field.
+    """
+    if isinstance(value, Mapping) and (value or path is None):
         for key, inner in value.items():
             escaped = str(key).replace("\\", "\\\\").replace(".", "\\.")
-            yield from _leaves(inner, f"{path}.{escaped}" if path else escaped)
+            yield from _leaves(inner, escaped if path is None else f"{path}.{escaped}")
     else:
-        yield path, value
+        yield path or "", value
 
 
 def _digests(content: Mapping[str, Any]) -> dict[str, str]:
-    return {path: _sha(canonical(value)) for path, value in _leaves(content)}
+    """Raises CheckpointError where two fields have one name: one digest would cover both."""
+    found: dict[str, str] = {}
+    for path, value in _leaves(content):
+        if path in found:
+            raise CheckpointError(f"two fields of the certificate have the name {path!r}")
+        found[path] = _sha(canonical(value))
+    return found
 
 
 def _signed(digests: Mapping[str, Any]) -> bytes:
@@ -388,15 +434,50 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of a certificate")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no number of a certificate")
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Raise CheckpointError for what is nested more deeply than ``_DEEPEST``."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise CheckpointError(f"a certificate is nested in {_DEEPEST} levels at most")
+        inside = (v for v in level if isinstance(v, dict | list))
+        level = [w for v in inside for w in (v.values() if isinstance(v, dict) else v)]
+
+
+def listing(names: Sequence[str]) -> list[str]:
+    """Names to show to a person: the first 20, each cut at 80 characters, and how many more."""
+    shown = [n if len(n) <= _LONGEST else n[: _LONGEST - 3] + "..." for n in names[:_SHOWN]]
+    return shown if len(names) <= _SHOWN else [*shown, f"and {len(names) - _SHOWN} more"]
+
+
 # --- keys -----------------------------------------------------------------------------------------
+
+
+def _require_cryptography() -> None:
+    try:
+        import cryptography  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "signing and checking signatures need cryptography: pip install 'lifelong[audit]'"
+        ) from error
 
 
 def create_key(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """A new Ed25519 key: the private one at ``path``, which its owner alone can read, the public
     one beside it with the suffix .pub. Both PEM, the private one not encrypted.
 
-    Raises FileExistsError where either is there: a key is never overwritten; ImportError.
+    Raises FileExistsError where either is there: a key is never overwritten; ImportError without
+    ``cryptography``.
     """
+    _require_cryptography()
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -433,8 +514,9 @@ def _new_file(path: Path, data: bytes, mode: int) -> None:
 
 
 def load_private_key(path: str | os.PathLike[str]) -> Any:
-    """Raises FileNotFoundError, PermissionError where others can read the file, ValueError for
-    what is no Ed25519 key in PEM."""
+    """Raises ImportError without ``cryptography``, FileNotFoundError, PermissionError where others
+    can read the file, ValueError for what is no Ed25519 key in PEM."""
+    _require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -446,7 +528,9 @@ def load_private_key(path: str | os.PathLike[str]) -> Any:
 
 
 def load_public_key(path: str | os.PathLike[str]) -> Any:
-    """Raises FileNotFoundError, ValueError for what is no Ed25519 key in PEM."""
+    """Raises ImportError without ``cryptography``, FileNotFoundError, ValueError for what is no
+    Ed25519 key in PEM."""
+    _require_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 

@@ -35,6 +35,17 @@ class ClippedWarning(UserWarning):
         self.fraction = fraction
 
 
+class NotHeldWarning(UserWarning):
+    """Examples were to be forgotten of which no part of the prior held anything.
+
+    count: how many.
+    """
+
+    def __init__(self, message: str, count: int = 0) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 class StoreError(ValueError):
     """Something about a memory on disk; the subclasses say what."""
 

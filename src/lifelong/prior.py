@@ -607,10 +607,12 @@ class Prior:
         with a ClippedWarning: then less curvature leaves than came.
         The model's weights are set to the anchor meanwhile, and restored.
 
-        Raises ValueError for examples that are neither given nor remembered, for ids that are
-        remembered of several tasks where ``task`` does not say which, for groups that are not
-        known (so also for one forgotten twice), for priors that mix their examples (kernels, path
-        integrals) or their anchors (sums), and where G would turn indefinite.
+        Warns with NotHeldWarning where some examples are in no part of the prior: replay alone
+        keeps no gradient or curvature of what is not in memory, so nothing of it can leave.
+        Raises ValueError where all are, for examples that are neither given nor remembered, for ids
+        that are remembered of several tasks where ``task`` does not say which, for groups that are
+        not known (so also for one forgotten twice), for priors that mix their examples (kernels,
+        path integrals) or their anchors (sums), and where G would turn indefinite.
         """
         found = self._removal(
             model,

@@ -6,6 +6,7 @@ call them. Source: Khan & Swaroop 2021.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, LowRank
 from .data import Examples, as_data, batches
+from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
 from .jacobians import gradient as data_gradient
 from .memory import Memory
@@ -35,7 +37,9 @@ class Removal:
     """What ``forget`` took out, and what is left.
 
     terms: without those examples. removed: the items that were in memory, None where none.
-    given, by_statistics: how many examples of the data, and how many by their group's share.
+    given, by_statistics: how many examples of the data, and how many by their group's share, left
+    g or G. not_held: how many more of either were in no part of the prior, so that nothing could
+    be taken out.
     clipped: of the curvature that was taken out, the part (a fraction of its trace) that had to
     be put back to keep G positive; 0 unless ``on_indefinite="clip"``.
     """
@@ -45,10 +49,12 @@ class Removal:
     given: int = 0
     by_statistics: int = 0
     clipped: float = 0.0
+    not_held: int = 0
 
     @property
     def count(self) -> int:
-        return (0 if self.removed is None else len(self.removed)) + self.given + self.by_statistics
+        in_memory = 0 if self.removed is None else len(self.removed)
+        return in_memory + self.given + self.by_statistics + self.not_held
 
 
 def forget(
@@ -69,6 +75,9 @@ def forget(
     """The terms without those examples; see ``Prior.forget``.
 
     beliefs, strengths: of each task, as ``Prior`` has them, one of each for every task.
+
+    Warns with NotHeldWarning where some of them are in no part of the prior, and raises ValueError
+    where all are.
     """
     if recipe.kernel or recipe.structure == "path" or recipe.compact:
         raise ValueError(
@@ -152,6 +161,11 @@ def forget(
             leaving = {k: share * belief for k, share in leaving.items()}
         elif whole is not None and shares is not None:
             leaving = {k: s for k, s in shares.shares.items() if k in whole}
+    held = {k: s for k, s in leaving.items() if _is_held(s, weight)}
+    counted = sum(share.count for share in held.values())
+    not_held = sum(share.count for share in leaving.values()) - counted
+    if not_held:
+        _tell_not_held(not_held, len(in_memory), anything=bool(held), name=recipe.name)
     clipped = 0.0
     if weight is not None:
         changed, clipped = _without(weight, slopes, leaving, on_indefinite)
@@ -165,7 +179,6 @@ def forget(
             shares_left = {k: s for k, s in members.shares.items() if s.count or k in known}
             changed = replace(changed, groups=replace(members, shares=shares_left))
         kept_terms = [changed if isinstance(t, WeightTerm) else t for t in kept_terms]
-    counted = sum(share.count for share in leaving.values())
     removed = gone[0].add(*gone[1:]) if gone else None
     return Removal(
         tuple(t for t in kept_terms if not isinstance(t, MemoryTerm) or len(t.memory)),
@@ -173,7 +186,28 @@ def forget(
         given=counted if whole is None else 0,
         by_statistics=0 if whole is None else counted,
         clipped=clipped,
+        not_held=not_held,
     )
+
+
+def _is_held(share: Share, weight: WeightTerm | None) -> bool:
+    """Whether the weight term has a g or G that this share is part of; a g of None stands for 0."""
+    if weight is None:
+        return False
+    in_curvature = share.curvature is not None and weight.curvature is not None
+    return share.gradient is not None or in_curvature
+
+
+def _tell_not_held(count: int, in_memory: int, *, anything: bool, name: str) -> None:
+    """Warn of examples of which nothing was held; ValueError where nothing was held of any."""
+    what = f"the {name} prior holds nothing of {count} of these examples: they are not in memory, "
+    what += "and it keeps no gradient or curvature of the past"
+    if not in_memory and not anything:
+        raise ValueError(
+            f"{what}, so that there is nothing to take out, and what the weights hold of them "
+            "would stay; train afresh without them, or use gradient_reconstruction from the start"
+        )
+    warnings.warn(NotHeldWarning(f"{what}; only the others were taken out", count), stacklevel=5)
 
 
 def _without(

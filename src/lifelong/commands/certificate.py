@@ -56,11 +56,11 @@ def certificate(args: list[str]) -> int:
     if kind != "verify":
         raise UsageError(f"there is no kind {kind!r}; say verify or key")
     flags = parse(Verify, prog, "Is a certificate as it was signed?", EXAMPLES, rest)
-    from ..certificate import Certificate
+    from ..certificate import Certificate, listing
 
     found = Certificate.load(flags.file).verify(flags.key)
     sys.stdout.write(("VALID. " if found.valid else "NOT VALID. ") + _inert(found.reason) + "\n")
-    for field in () if found.valid else found.changed:
+    for field in () if found.valid else listing(found.changed):
         sys.stdout.write(f"  changed: {_inert(field)}\n")
     return 0 if found.valid else 1
 
