@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..errors import CheckpointError
 from ..memory import Memory
 from . import codec, scrub
 from .base import Item, MemoryStore
@@ -54,18 +55,28 @@ def read_export(path: str | Path) -> list[Exported]:
 
     Raises FileNotFoundError, CheckpointError.
     """
-    found = []
-    for group in checkpoint.load(path, kind="memory")["groups"]:
-        state, inputs = dict(group["memory"]), None
-        if scrub.is_encoded(state["inputs"]):
-            packed = state["inputs"]
-            inputs = scrub.unpacked(packed)
-            if packed["encoded"] == "text":
-                inputs = [codec.decoded(data) for data in inputs]
-            state["inputs"] = torch.empty(len(inputs), 0)
-        memory = Memory.from_state_dict(state)
-        found.append(Exported(memory, inputs, group["ids"], group["notes"], group["scores"]))
-    return found
+    state = checkpoint.load(path, kind="memory")
+    try:
+        return [_exported(group) for group in state["groups"]]
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds a memory that cannot be read ({error!r}); export it again"
+        ) from error
+
+
+def _exported(group: dict[str, Any]) -> Exported:
+    state, inputs = dict(group["memory"]), None
+    if scrub.is_encoded(state["inputs"]):
+        packed = state["inputs"]
+        inputs = scrub.unpacked(packed)
+        if packed["encoded"] == "text":
+            inputs = [codec.decoded(data) for data in inputs]
+        state["inputs"] = torch.empty(len(inputs), 0)
+    memory = Memory.from_state_dict(state)
+    columns = (group["ids"], group["notes"], *group["scores"].values())
+    if any(len(column) != len(memory) for column in columns):
+        raise ValueError("its columns differ in length")
+    return Exported(memory, inputs, group["ids"], group["notes"], group["scores"])
 
 
 def pages(store: MemoryStore, version: int | None, size: int = _PAGE) -> Iterator[list[Item]]:
