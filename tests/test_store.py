@@ -775,6 +775,27 @@ def test_a_parquet_export_is_read_by_others(store: MemoryStore, tmp_path: Path) 
     assert json.loads(rows[-1]["label"]) == [0.5, 1]
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
+def test_an_export_replaces_exports_alone(store: MemoryStore, tmp_path: Path, suffix: str) -> None:
+    store.append(examples([1]))
+    path = store.export(tmp_path / f"e{suffix}")
+    store.append(examples([2]))
+    before = path.read_bytes()
+    assert store.export(path).read_bytes() != before
+    other = prior_of(examples([1]), 1).save(tmp_path / "prior.safetensors").read_bytes()
+    for data in (other, b"mine", b""):
+        path.write_bytes(data)
+        with pytest.raises(FileExistsError, match="is no export.*choose another name, or remove"):
+            store.export(path)
+        assert path.read_bytes() == data
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="is no export"):
+        store.export(path)
+    with pytest.raises(ValueError, match=r"ends in .safetensors or .parquet"):
+        store.export(tmp_path)
+
+
 def test_an_odd_export_is_an_error(tmp_path: Path) -> None:
     memory = examples([1]).state_dict()
     whole = {"memory": memory, "ids": ["a"], "notes": [""], "scores": {}}

@@ -296,7 +296,10 @@ class MemoryStore(Protocol):
         ...
 
     def export(self, path: str | Path, *, version: int | None = None) -> Path:
-        """One portable file: .safetensors (``read_export`` reads it) or .parquet (extra data)."""
+        """One portable file: .safetensors (``read_export`` reads it) or .parquet (extra data).
+
+        Replaces an older export, and no other file.
+        """
         ...
 
     def close(self) -> None:

@@ -1002,7 +1002,8 @@ class LanceStore:
         """See ``MemoryStore.export``.
 
         Raises ValueError for another suffix, and for Parquet in the store's folder, which
-        ``forget`` could not write again; ImportError without pyarrow.
+        ``forget`` could not write again; FileExistsError for a file that is no export; ImportError
+        without pyarrow.
         """
         path = Path(path)
         inside = self.folder is not None and self.folder.resolve() in path.resolve().parents
@@ -1197,7 +1198,7 @@ class _View:
             columns.append(row[start : start + size])
             start += size
         _require_digest(layout.spec, columns, check)
-        return codec.State(layout, *columns)
+        return codec.State.of(layout, columns)
 
     def fits(self, where: Where, place: int, source: int) -> bool:
         """All that ``where`` says but for the text."""

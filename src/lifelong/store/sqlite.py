@@ -717,7 +717,7 @@ class SqliteStore(Database):
         """Of the columns ``_WHOLE``, checked."""
         layout = self._state_layout(con, row[0])
         _require_digest(layout.spec, row[2:], row[1])
-        return codec.State(layout, *row[2:])
+        return codec.State.of(layout, row[2:])
 
     def _spec(self, con: sqlite3.Connection, number: int) -> str:
         if number not in self._layouts:
@@ -1008,7 +1008,12 @@ class SqliteStore(Database):
                 blank = all(isinstance(c, bytes) and not c.strip(b"\0") for c in columns)
                 return "" if blank else "is half erased"
             try:
-                _require_digest(layout().spec, columns, digest)
+                form = layout()
+                _require_digest(form.spec, columns, digest)
+                if isinstance(form, codec.InputLayout):
+                    form.require(*columns)
+                else:
+                    codec.State.of(form, columns)
             except (StoreDamagedError, TypeError):
                 return f"its {name} is not what was written"
             return ""
@@ -1090,7 +1095,8 @@ class SqliteStore(Database):
         """See ``MemoryStore.export``. A file inside the store's folder is reached by ``forget``.
 
         Raises ValueError for another suffix, a name of the store's own, and Parquet in the
-        store's folder, which ``forget`` could not rewrite; ImportError without pyarrow.
+        store's folder, which ``forget`` could not rewrite; FileExistsError for a file that is no
+        export; ImportError without pyarrow.
         """
         path = Path(path)
         inside = self.folder.resolve() in path.resolve().parents
