@@ -160,11 +160,19 @@ def test_a_newer_version(tmp_path):
         "{", "[]", "{}", '{"version": 1, "kind": "prior"}', '{"version": "1", "kind": "prior"}',
         '{"version": 1, "kind": "prior", "state": {"__tensor__": "7"}}',
         '{"version": 1, "kind": "prior", "state": {"__pairs__": [1]}}',
+        '{"version": 1, "kind": "prior", "state": {"__pairs__": [[1, 2, 3]]}}',
+        '{"version": 1, "kind": "prior", "state": ' + "[" * 200_000 + "]" * 200_000 + "}",
     ],
 )  # fmt: skip
 def test_a_damaged_header(tmp_path, header):
+    path = foreign(tmp_path / "c", header)
     with pytest.raises(CheckpointError, match="has a header that cannot be read"):
-        checkpoint.load(foreign(tmp_path / "c", header), kind="prior")
+        checkpoint.load(path, kind="prior")
+    assert checkpoint.kind_of(path) in ("prior", None)
+
+
+def test_a_kind_that_is_no_text(tmp_path):
+    assert checkpoint.kind_of(foreign(tmp_path / "c", '{"kind": ["prior"]}')) is None
 
 
 # ------------------------------------------------------------------ bad disks

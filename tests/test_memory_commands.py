@@ -232,6 +232,10 @@ def test_images(command: Command, store: Path, tmp_path: Path) -> None:
         assert not file.exists()
     code, _, err = command("show", store, 1, "--image", tmp_path / "a.jpg")
     assert (code, "name it a.png" in err) == (2, True)
+    file.write_bytes(b"no picture")
+    code, _, err = command("show", store, 1, "--image", file)
+    assert (code, "is there, and is no PNG" in err) == (2, True)
+    assert file.read_bytes() == b"no picture"
 
 
 def test_history_and_diff(command: Command, store: Path) -> None:
@@ -291,6 +295,10 @@ def test_export(command: Command, store: Path, tmp_path: Path) -> None:
     assert out == f"6 items in {tmp_path}/x.parquet\n"
     _, out, _ = command("export", store, tmp_path / "x.safetensors", "--json")
     assert json.loads(out) == {"file": f"{tmp_path}/x.safetensors", "items": 8}
+    (tmp_path / "x.safetensors").write_bytes(b"a checkpoint")
+    code, out, err = command("export", store, tmp_path / "x.safetensors")
+    assert (code, out, "is no export" in err) == (1, "", True)
+    assert (tmp_path / "x.safetensors").read_bytes() == b"a checkpoint"
 
 
 # Change -----------------------------------------------------------------------------------------
@@ -327,10 +335,14 @@ def test_import_refuses(command: Command, run: Path, tmp_path: Path) -> None:
         ([tmp_path / "no", tmp_path / "s"], "there is no run in"),
         ([tmp_path / "empty", tmp_path / "s"], "there is no learner.safetensors in"),
         ([run, tmp_path / "file", "--seed", 0], "file is a file; a store is a folder"),
+        ([run, run, "--seed", 0], "is a run, not a store; make one of it, in a folder of its own"),
+        ([run, run / "seed-1", "--seed", 0], "seed-1 is a run, not a store"),
     ):
+        before = sorted(run.rglob("*"))
         code, out, err = command("import", *args)
         assert (code, out) == (2, "")
         assert message in err
+        assert sorted(run.rglob("*")) == before
     code, _, err = command("import", tmp_path / "file", tmp_path / "s")
     assert (code, "is truncated or not a checkpoint" in err) == (1, True)
     lifelong.checkpoint.save(tmp_path / "odd", {"prior": {}}, kind="learner")
@@ -425,7 +437,7 @@ def test_compact(command: Command, store: Path) -> None:
         (["drop", "nowhere", "--ids", "1"], 2, "there is no store in nowhere"),
         (["ls", "empty"], 2, "empty is empty, not a store"),
         (["ls", "file"], 2, "file is a file; a store is a folder"),
-        (["ls", "run"], 2, "run is a run, not a store; make one of it: lifelong memory import run"),
+        (["ls", "run"], 2, "run is a run, not a store; make one of it, in a folder of its own"),
         (["ls", "other"], 1, "no store at other; lifelong memory import RUN STORE makes one"),
         (["ls", "STORE", "--version", "9"], 1, "0 to 3 are kept; lifelong memory history lists"),
         (["ls", "STORE", "--limit", "0"], 2, "--limit must be at least 1, got 0"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +14,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.store_trust import examples, prior_of
+from benchmarks.store_trust import examples, needles, prior_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import lifelong
-from lifelong import Categorical, Memory, Prior, checkpoint
+from lifelong import Categorical, Examples, Gaussian, Memory, Prior, checkpoint
 from lifelong.errors import (
+    CheckpointError,
     ForgottenError,
     StoreDamagedError,
     StoreError,
     StoreReadOnlyError,
     StoreVersionError,
 )
-from lifelong.store import MemoryStore, Where, open_store, read_export
+from lifelong.groups import Groups, Share
+from lifelong.kernel_methods import KernelPrior
+from lifelong.kernels import RBF
+from lifelong.store import MemoryStore, Where, open_store, read_export, scrub
 from lifelong.store.scrub import marginal
+from lifelong.terms import MemoryTerm, WeightTerm
 
 in_folder = settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -496,6 +504,53 @@ def test_what_was_forgotten_does_not_come_back_unasked(store: MemoryStore) -> No
     assert len(store) == 2
 
 
+def test_a_stale_prior_does_not_bring_a_forgotten_item_back(store: MemoryStore) -> None:
+    """A prior holds no ids: what was forgotten by the user's id is known by place and input."""
+    memory = examples([1, 2, 3])
+    stale = prior_of(memory, 1)
+    store.append(memory, ids=["a", "b", "c"])
+    store.save_prior(stale)
+    store.forget(["b"])
+    elsewhere = replace(memory, origin=memory.origin + 100)  # the same inputs at other places
+    changed = replace(memory, inputs=memory.inputs + 1)  # other inputs at the same places
+    for held, said in (
+        (memory, "'0:2'"),
+        (elsewhere, "the input of '0:102'"),
+        (changed, "'0:2'"),
+    ):
+        with pytest.raises(ForgottenError, match=f"{said} was forgotten in version 3"):
+            store.save_prior(prior_of(held, 1))
+    with pytest.raises(ForgottenError, match="the input of 'new' was forgotten"):
+        store.append(elsewhere[1:2], ids=["new"])
+    assert (store.version, len(store)) == (3, 2)
+    # Neither an item that stays, nor another one under an id of the user's own, is refused.
+    store.save_prior(prior_of(memory[torch.tensor([0, 2])], 2))
+    store.append(changed[1:2], ids=["other"])
+    assert [item.id for item in store.items()] == ["a", "c", "other"]
+    tombs = [store.forgotten(i) for i in ("a", "b", "0:1", "0:2", "0:3")]
+    assert [tomb is not None for tomb in tombs] == [False, True, False, True, False]
+
+
+def test_readmitting_takes_the_tombstones_away(store: MemoryStore) -> None:
+    memory = examples([1, 2])
+    store.append(memory, ids=["a", "b"])
+    store.forget(["a", "b"])
+    store.append(memory[:1], ids=["a"], readmit=True)
+    assert store.forgotten("a") is None
+    assert store.forgotten("0:1") is None
+    store.drop(["a"])
+    store.append(memory[:1])  # as if it had never been forgotten
+    with pytest.raises(ForgottenError, match="'0:2' was forgotten"):
+        store.save_prior(prior_of(memory, 1))
+    store.save_prior(prior_of(memory, 1), readmit=True)
+    store.compact()
+    store.drop(["0:2"])
+    store.save_prior(prior_of(memory, 1))
+    assert store.forgotten("0:2") is None
+    with open_store(store.path, "r") as again:
+        assert [again.forgotten(i) is None for i in ("a", "0:1", "0:2", "b")] == [1, 1, 1, 0]
+
+
 def test_forgetting_reaches_priors(store: MemoryStore, tmp_path: Path) -> None:
     store.save_prior(prior_of(examples([1, 2, 3]), 1))
     store.save_prior(prior_of(examples([2, 3, 4]), 2))
@@ -530,6 +585,7 @@ def test_forgetting_reaches_runs_and_exports(store: MemoryStore, tmp_path: Path)
         "report.html",
         "copy.safetensors",
     }
+    assert [Path(p).name for p in report.foreign] == ["log.txt"]
     again = checkpoint.load(path, kind="learner")
     assert again["within"] == {"epoch": 2}
     left = Prior.from_state_dict(again["prior"]).memory
@@ -541,6 +597,136 @@ def test_forgetting_reaches_runs_and_exports(store: MemoryStore, tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         store.forget([2], runs=[tmp_path / "missing"])
     assert len(store) == 2
+
+
+def test_forgetting_takes_places_out_of_groups(store: MemoryStore, tmp_path: Path) -> None:
+    """members: (task, origin, group) of the items in memory."""
+    memory = examples([1, 2, 3])
+    prior = prior_of(memory, 1)
+    members = torch.tensor([[0, 1, 7], [0, 2, 7], [0, 3, 8]])
+    groups = Groups({7: Share(2, {"w": torch.ones(50)})}, members)
+    terms = tuple(
+        replace(t, groups=groups) if isinstance(t, WeightTerm) else t for t in prior.terms
+    )
+    prior = replace(prior, terms=terms)
+
+    def left(prior: Prior) -> list[list[int]]:
+        (found,) = [t.groups for t in prior.terms if isinstance(t, WeightTerm)]
+        assert found is not None
+        assert same(found.state_dict()["shares"], groups.state_dict()["shares"])
+        return found.members.tolist()
+
+    path = prior.save(tmp_path / "run" / "prior.safetensors")
+    moved = replace(memory, origin=memory.origin + 100)
+    state = {"prior": replace(prior, terms=(terms[1], MemoryTerm(moved))).state_dict()}
+    state["prior"]["terms"][0]["groups"]["members"] = members + torch.tensor([0, 100, 0])
+    other = checkpoint.save(tmp_path / "run" / "learner.safetensors", state, kind="learner")
+    store.save_prior(prior)
+    store.forget(["0:2"], runs=[tmp_path / "run"])
+    assert left(Prior.load(path)) == [[0, 1, 7], [0, 3, 8]]
+    assert left(store.load_prior()) == [[0, 1, 7], [0, 3, 8]]
+    state = checkpoint.load(other, kind="learner")  # by the input
+    assert left(Prior.from_state_dict(state["prior"])) == [[0, 101, 7], [0, 103, 8]]
+
+
+def odd_header(header: str) -> bytes:
+    return serialise({"0": torch.zeros(1)}, metadata={"lifelong": header})
+
+
+def test_what_forgetting_could_not_look_into_is_told_of(store: MemoryStore, tmp_path: Path) -> None:
+    """Every file below the folders either holds no trace of the item, or is listed."""
+    memory, run = examples([1, 2]), tmp_path / "run"
+    store.append(memory)
+    whole = prior_of(memory, 1).save(run / "a.safetensors").read_bytes()
+    numbers = dict.fromkeys(memory.state_dict(), 1)
+    deep = '{"version": 1, "kind": "memory", "state": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    checkpoint.save(run / "ints.safetensors", {"memory": numbers}, kind="memory")
+    odd = {
+        "cut.safetensors": whole[:-4],
+        "deep.safetensors": odd_header(deep),
+        "pairs.safetensors": odd_header(
+            '{"version": 1, "kind": "memory", "state": {"__pairs__": [[1, 2, 3]]}}'
+        ),
+        "newer.safetensors": odd_header('{"version": 99, "kind": "prior", "state": {}}'),
+        "log.txt": b"memorised 0:1",
+        "inputs.pt": needles(1)[0],
+    }
+    for name, data in odd.items():
+        (run / name).write_bytes(data)
+    kernel = KernelPrior(RBF(), Gaussian()).update(
+        Examples(torch.randn(4, 3).double(), torch.randn(4, 1).double())
+    )
+    kernel.save(run / "kernel.safetensors")
+    (run / "link.safetensors").symlink_to(run / "a.safetensors")
+    (run / "folder").symlink_to(tmp_path, target_is_directory=True)
+    copies = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    checkpoint.save(Path(store.path) / "ints.safetensors", {"memory": numbers}, kind="memory")
+    report = store.forget([1], runs=[run])
+    told = {*odd, "ints.safetensors", "kernel.safetensors", "link.safetensors", "folder"}
+    assert {Path(p).name for p in report.foreign if Path(p).parent == run} == told
+    assert str(Path(store.path) / "ints.safetensors") in report.foreign
+    assert str(run / "a.safetensors") in report.files
+    for path in run.iterdir():
+        if path.is_file() and path.name in told - {"link.safetensors"}:
+            assert path.read_bytes() == copies[path.name]
+        elif path.is_file():
+            assert not any(needle in path.read_bytes() for needle in needles(1))
+
+
+def test_a_folder_that_cannot_be_looked_into_stops_a_forget(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is read before anything is written."""
+    store.append(examples([1, 2]))
+    run = tmp_path / "run"
+    path = prior_of(examples([1, 2]), 1).save(run / "a.safetensors")
+    (run / "report.html").write_text("pictures")
+    (run / "locked").mkdir()
+    before, scan = path.read_bytes(), os.scandir
+
+    def denied(path: Any = ".") -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", denied)
+        with pytest.raises(StoreError, match=r"cannot look into the folder .*locked .*move it"):
+            store.forget([1], runs=[run])
+    assert (path.read_bytes(), store.version, len(store)) == (before, 1, 2)
+    assert (run / "report.html").exists()
+
+
+def test_a_half_written_checkpoint_is_taken_from_its_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that still wanted it fails; what it was to replace is unharmed."""
+    path = checkpoint.save(tmp_path / "learner.safetensors", {"x": 1}, kind="learner")
+    before, replace_ = path.read_bytes(), os.replace
+    match = scrub.Match(frozenset(), frozenset())
+
+    def late(source: Any, target: Any) -> None:
+        """The rename of the writer comes in the middle of the erasing."""
+        moved = []
+
+        def sync(handle: int) -> None:
+            if not moved:
+                moved.append(1)
+                with pytest.raises(FileNotFoundError):
+                    replace_(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            done = scrub.carry_out(scrub.survey(tmp_path, match), match)
+        assert moved
+        assert [str(p) for p in done] == [str(source)]
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    with pytest.raises(FileNotFoundError, match="What was there before is unharmed"):
+        checkpoint.save(path, {"x": 2}, kind="learner")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_foreign_files_are_told_of(store: MemoryStore, tmp_path: Path) -> None:
@@ -587,6 +773,43 @@ def test_a_parquet_export_is_read_by_others(store: MemoryStore, tmp_path: Path) 
     store.append(memory_of(torch.ones(1, 2), 1, labels=torch.tensor([[0.5, 1]])))
     rows = pq.read_table(store.export(tmp_path / "e.parquet")).to_pylist()
     assert json.loads(rows[-1]["label"]) == [0.5, 1]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
+def test_an_export_replaces_exports_alone(store: MemoryStore, tmp_path: Path, suffix: str) -> None:
+    store.append(examples([1]))
+    path = store.export(tmp_path / f"e{suffix}")
+    store.append(examples([2]))
+    before = path.read_bytes()
+    assert store.export(path).read_bytes() != before
+    other = prior_of(examples([1]), 1).save(tmp_path / "prior.safetensors").read_bytes()
+    for data in (other, b"mine", b""):
+        path.write_bytes(data)
+        with pytest.raises(FileExistsError, match="is no export.*choose another name, or remove"):
+            store.export(path)
+        assert path.read_bytes() == data
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="is no export"):
+        store.export(path)
+    with pytest.raises(ValueError, match=r"ends in .safetensors or .parquet"):
+        store.export(tmp_path)
+
+
+def test_an_odd_export_is_an_error(tmp_path: Path) -> None:
+    memory = examples([1]).state_dict()
+    whole = {"memory": memory, "ids": ["a"], "notes": [""], "scores": {}}
+    for state in (
+        {},
+        {"groups": 1},
+        {"groups": [whole | {"ids": []}]},
+        {"groups": [{k: v for k, v in whole.items() if k != "notes"}]},
+        {"groups": [whole | {"memory": {**memory, "heads": 3}}]},
+        {"groups": [whole | {"memory": {"inputs": 1}}]},
+    ):
+        path = checkpoint.save(tmp_path / "e.safetensors", state, kind="memory")
+        with pytest.raises(CheckpointError, match="holds a memory that cannot be read"):
+            read_export(path)
 
 
 @pytest.mark.parametrize("name", ["memory.sqlite", "memory.version", "x.parquet"])

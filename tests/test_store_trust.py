@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from lifelong.errors import (
     StoreFullError,
     StoreVersionError,
 )
-from lifelong.store import Where, open_store
+from lifelong.store import Where, codec, open_store
 from lifelong.store import sqlite as of_sqlite
 from lifelong.store.database import DATABASE, GUARD
 from lifelong.store.files import overwrite
@@ -666,6 +667,47 @@ def test_rows_that_no_store_would_write_are_errors(folder: Path, statement: str)
         assert noticed
     except StoreError:
         pass
+
+
+@pytest.mark.parametrize("part", ["input", "label", "reference"])
+def test_a_layout_that_asks_for_more_than_there_is_takes_no_room(folder: Path, part: str) -> None:
+    """One byte and a digest that fits it, under a layout of 256 GB: refused, and noticed."""
+    column = ["uint8", [2**38]]
+    with sqlite3.connect(folder / DATABASE) as con:
+        state, item = con.execute("SELECT state, item FROM life WHERE died IS NULL").fetchone()
+        if part == "input":
+            spec = json.dumps({"kind": "tensor", "columns": [["", *column]]})
+            changes = {"digest": codec.digest(spec, b"x"), "input": b"x"}
+            table, key = "content", item
+        else:
+            row = con.execute(
+                "SELECT l.spec, s.* FROM state s JOIN layout l ON l.id = s.layout WHERE s.id = ?",
+                (state,),
+            ).fetchone()
+            spec = json.dumps({**json.loads(row[0]), part: column})
+            changes = {"digest": codec.digest(spec, *row[6:])}
+            table, key = "state", state
+        number = con.execute("INSERT INTO layout(spec) VALUES (?)", (spec,)).lastrowid
+        names = ", ".join(f"{name} = ?" for name in ("layout", *changes))
+        con.execute(f"UPDATE {table} SET {names} WHERE id = ?", (number, *changes.values(), key))
+    con.close()
+    with open_store(folder, "r") as store:
+        assert not store.verify().ok
+        with pytest.raises(StoreDamagedError, match=r"bytes where its layout says \d+"):
+            store.memory([item])
+        if part == "input":
+            with pytest.raises(StoreDamagedError, match="has 1 bytes where its layout says"):
+                store.raw(item)
+        else:
+            with pytest.raises(StoreDamagedError, match=r"a row has \d+ bytes where"):
+                store.items()
+
+
+def test_a_shape_whose_product_is_too_large_is_no_layout() -> None:
+    for shape in ([2**20, 2**20], [2**39, 2**39, 0], [2**40]):
+        with pytest.raises(StoreDamagedError, match="is no type and shape"):
+            codec.Column.of(["uint8", shape])
+    assert codec.Column.of(["uint8", [2**20, 0, 3]]).num_bytes == 0
 
 
 def test_nothing_is_unpickled(folder: Path, monkeypatch) -> None:

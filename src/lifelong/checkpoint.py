@@ -50,9 +50,10 @@ def kind_of(path: str | Path) -> str | None:
     """The kind of a file that ``save`` wrote; None where it is no such file, or damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {})["lifelong"])["kind"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            kind = json.loads((file.metadata() or {})["lifelong"])["kind"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return kind if isinstance(kind, str) else None
 
 
 def load(path: str | Path, *, kind: str) -> Any:
@@ -87,7 +88,9 @@ def load(path: str | Path, *, kind: str) -> Any:
         if found != kind:
             raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
         return _restore(content["state"], tensors)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} has a header that cannot be read ({error!r}); use the last good one"
         ) from error

@@ -401,6 +401,11 @@ def _write_png(path: Path, raw: Any, item: Item, shape: str | None) -> None:
 
     if path.suffix.lower() != ".png":
         raise UsageError(f"--image writes a PNG: name it {path.with_suffix('.png').name}")
+    if path.exists() and not (path.is_file() and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"):
+        raise UsageError(
+            f"--image {path} is there, and is no PNG, which may be replaced; choose another name, "
+            "or remove it"
+        )
     if item.kind == "image":
         picture = Image.open(io.BytesIO(raw))
         if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
@@ -509,8 +514,7 @@ def _import(flags: Import) -> int:
     from ..prior import Prior
 
     path = _learner_file(flags.run, flags.seed)
-    if Path(flags.store).is_file():
-        raise UsageError(f"{flags.store} is a file; a store is a folder")
+    _require_no_other(flags.store)
     state = checkpoint.load(path, kind="learner")
     try:
         prior = Prior.from_state_dict(state["prior"])
@@ -680,16 +684,25 @@ def _require_store(path: str) -> None:
         raise UsageError(
             f"there is no store in {path}; lifelong memory import RUN {path} makes one"
         )
-    if folder.is_file():
-        raise UsageError(f"{path} is a file; a store is a folder")
+    _require_no_other(path)
     if not any(folder.iterdir()):
         raise UsageError(
             f"{path} is empty, not a store; lifelong memory import RUN {path} fills it"
         )
-    if (folder / "config.toml").is_file() or any(folder.glob("seed-*")):
+
+
+def _require_no_other(path: str) -> None:
+    """Raises UsageError for a file, and for the folder of a run."""
+    folder = Path(path)
+    if "://" in path:
+        return
+    if folder.is_file():
+        raise UsageError(f"{path} is a file; a store is a folder")
+    marks = ("config.toml", "learner.safetensors")
+    if any((folder / name).is_file() for name in marks) or any(folder.glob("seed-*")):
         raise UsageError(
-            f"{path} is a run, not a store; make one of it: lifelong memory import "
-            f"{_shell(path)} STORE"
+            f"{path} is a run, not a store; make one of it, in a folder of its own: "
+            f"lifelong memory import {_shell(path)} STORE"
         )
 
 

@@ -118,8 +118,9 @@ class Forgotten:
     version: the new one; items: how many were erased; files: paths that were rewritten or
     removed, with those of run folders; priors: how many older priors were removed; influenced:
     today's prior held some of the items, so its anchor, g and G were made with them: take that
-    influence out with ``Prior.forget`` and save the new prior; foreign: files in the folder that
-    are not the library's, and were not looked into.
+    influence out with ``Prior.forget`` and save the new prior; foreign: what lies in the folder
+    and in those of runs and was not looked into, since it is no readable checkpoint with memories:
+    other files, also texts that may name an id (logs, certificates), damaged ones, links.
     """
 
     version: int
@@ -199,7 +200,8 @@ class MemoryStore(Protocol):
 
         inputs: encoded images or texts as they came, stored instead of ``memory.inputs``;
         ids: by default "task:origin", need not differ; notes: in words; scores: name -> (M,);
-        readmit: also items whose id was forgotten (by default ``ForgottenError``).
+        readmit: also items whose id or input was forgotten (by default ``ForgottenError``);
+        their tombstones go.
         """
         ...
 
@@ -286,7 +288,7 @@ class MemoryStore(Protocol):
         ...
 
     def forgotten(self, id: str) -> Tombstone | None:
-        """When an id was forgotten; None where it never was."""
+        """When an id was forgotten, or an item that has it by default; None where it never was."""
         ...
 
     def verify(self) -> Verification:
@@ -294,7 +296,10 @@ class MemoryStore(Protocol):
         ...
 
     def export(self, path: str | Path, *, version: int | None = None) -> Path:
-        """One portable file: .safetensors (``read_export`` reads it) or .parquet (extra data)."""
+        """One portable file: .safetensors (``read_export`` reads it) or .parquet (extra data).
+
+        Replaces an older export, and no other file.
+        """
         ...
 
     def close(self) -> None:

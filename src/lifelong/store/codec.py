@@ -55,7 +55,8 @@ class Column:
         """Raises StoreDamagedError for what ``spec`` would not have written."""
         try:
             name, shape = spec
-            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and len(shape) < 33:
+            plain = all(type(n) is int and n >= 0 for n in shape) and len(shape) < 33
+            if plain and math.prod(max(n, 1) for n in shape) < 2**40:
                 return cls(_DTYPES[name], tuple(shape))
         except (TypeError, ValueError, KeyError):
             pass
@@ -63,6 +64,14 @@ class Column:
             f"a layout says {str(spec)[:80]!r}, which is no type and shape; restore the store from "
             "a copy"
         )
+
+    def require(self, data: bytes | memoryview) -> None:
+        """A row is as long as it must be, or StoreDamagedError."""
+        if len(data) != self.num_bytes:
+            raise StoreDamagedError(
+                f"a row has {len(data)} bytes where its layout says {self.num_bytes}; "
+                "call store.verify()"
+            )
 
     def rows(self, x: Tensor) -> list[bytes]:
         """The bytes of each row of x (N, *shape)."""
@@ -76,21 +85,25 @@ class Column:
 
 
 class Filling:
-    """A tensor (N, *shape) that is filled row by row from bytes; one copy each."""
+    """A tensor (N, *shape) that is filled row by row from bytes; one copy each.
+
+    Room is taken only once there is a row as long as its layout says.
+    """
 
     def __init__(self, column: Column, n: int) -> None:
-        self._size = column.num_bytes
-        self.tensor = torch.empty((n, *column.shape), dtype=column.dtype)
-        flat = self.tensor.reshape(n, math.prod(column.shape))
-        self._bytes = flat.view(torch.uint8).numpy() if column.num_bytes and n else None
+        self._column, self._n = column, n
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        return torch.empty((self._n, *self._column.shape), dtype=self._column.dtype)
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        return self.tensor.reshape(self._n, -1).view(torch.uint8).numpy()
 
     def put(self, i: int, data: bytes | memoryview) -> None:
-        if len(data) != self._size:
-            raise StoreDamagedError(
-                f"a row has {len(data)} bytes where its layout says {self._size}; "
-                "call store.verify()"
-            )
-        if self._bytes is not None:
+        self._column.require(data)
+        if len(data):
             self._bytes[i] = np.frombuffer(data, np.uint8)
 
 
@@ -130,14 +143,18 @@ class InputLayout:
             pass
         raise StoreDamagedError(f"a layout of inputs cannot be read: {spec[:80]!r}")
 
+    def require(self, data: bytes) -> None:
+        """An input is as long as it must be, or StoreDamagedError."""
+        size = sum(column.num_bytes for column in self.columns.values())
+        if self.kind in ("tensor", "dict") and len(data) != size:
+            raise StoreDamagedError(
+                f"an input has {len(data)} bytes where its layout says {size}; call store.verify()"
+            )
+
     def split(self, data: bytes) -> dict[str, bytes]:
         """The bytes of each column."""
+        self.require(data)
         sizes = [column.num_bytes for column in self.columns.values()]
-        if len(data) != sum(sizes):
-            raise StoreDamagedError(
-                f"an input has {len(data)} bytes where its layout says {sum(sizes)}; "
-                "call store.verify()"
-            )
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return {
             name: data[start : start + size]
@@ -267,6 +284,14 @@ class State(NamedTuple):
     note: bytes
     label: bytes
     reference: bytes
+
+    @classmethod
+    def of(cls, layout: StateLayout, columns: Sequence[bytes]) -> State:
+        """A row that was read, as long as its layout says, or StoreDamagedError."""
+        state = cls(layout, *columns)
+        layout.label.require(state.label)
+        layout.reference.require(state.reference)
+        return state
 
     @property
     def columns(self) -> tuple[bytes, ...]:

@@ -7,6 +7,7 @@ notes and scores. ``read_export`` gives them back, and ``store.append`` takes th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,16 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..errors import CheckpointError
 from ..memory import Memory
 from . import codec, scrub
 from .base import Item, MemoryStore
 
 _PAGE = 512
+_COLUMNS = (
+    "item", "id", "task", "origin", "label", "head", "reference", "soft_weight", "hard_weight",
+    "scores", "note", "kind", "layout", "input",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,19 @@ class Exported:
 
 
 def write_export(store: MemoryStore, path: Path, version: int | None) -> Path:
-    """Raises ValueError for a suffix that is neither .safetensors nor .parquet."""
+    """An older export at ``path`` is replaced.
+
+    Raises ValueError for a suffix that is neither .safetensors nor .parquet; FileExistsError for a
+    file there that is no export.
+    """
     version = store.version if version is None else version
+    if path.suffix in (".safetensors", ".parquet") and os.path.lexists(path):
+        parquet = path.suffix == ".parquet"
+        if not (_is_table(path) if parquet else checkpoint.kind_of(path) == "memory"):
+            raise FileExistsError(
+                f"{path} is there, and is no export, which may be replaced; choose another name, "
+                "or remove it"
+            )
     if path.suffix == ".safetensors":
         groups = [_group_state(store, items, version) for items in _groups(store, version)]
         return checkpoint.save(path, {"groups": groups}, kind="memory")
@@ -54,18 +71,28 @@ def read_export(path: str | Path) -> list[Exported]:
 
     Raises FileNotFoundError, CheckpointError.
     """
-    found = []
-    for group in checkpoint.load(path, kind="memory")["groups"]:
-        state, inputs = dict(group["memory"]), None
-        if scrub.is_encoded(state["inputs"]):
-            packed = state["inputs"]
-            inputs = scrub.unpacked(packed)
-            if packed["encoded"] == "text":
-                inputs = [codec.decoded(data) for data in inputs]
-            state["inputs"] = torch.empty(len(inputs), 0)
-        memory = Memory.from_state_dict(state)
-        found.append(Exported(memory, inputs, group["ids"], group["notes"], group["scores"]))
-    return found
+    state = checkpoint.load(path, kind="memory")
+    try:
+        return [_exported(group) for group in state["groups"]]
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds a memory that cannot be read ({error!r}); export it again"
+        ) from error
+
+
+def _exported(group: dict[str, Any]) -> Exported:
+    state, inputs = dict(group["memory"]), None
+    if scrub.is_encoded(state["inputs"]):
+        packed = state["inputs"]
+        inputs = scrub.unpacked(packed)
+        if packed["encoded"] == "text":
+            inputs = [codec.decoded(data) for data in inputs]
+        state["inputs"] = torch.empty(len(inputs), 0)
+    memory = Memory.from_state_dict(state)
+    columns = (group["ids"], group["notes"], *group["scores"].values())
+    if any(len(column) != len(memory) for column in columns):
+        raise ValueError("its columns differ in length")
+    return Exported(memory, inputs, group["ids"], group["notes"], group["scores"])
 
 
 def pages(store: MemoryStore, version: int | None, size: int = _PAGE) -> Iterator[list[Item]]:
@@ -112,22 +139,14 @@ def _write_parquet(store: MemoryStore, path: Path, version: int) -> Path:
     Inputs are bytes as they are stored: an encoded image or a text as it came, a tensor's numbers
     in the order and type that ``layout`` says.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(
-            "a Parquet export needs pyarrow: pip install lifelong[data]; .safetensors needs nothing"
-        ) from error
+    pa, pq = _arrow()
     whole = all(type(item.label) is int for page in pages(store, version) for item in page)
-    columns = {
-        "item": pa.int64(), "id": pa.string(), "task": pa.int64(), "origin": pa.int64(),
-        "label": pa.int64() if whole else pa.string(), "head": pa.list_(pa.int64()),
-        "reference": pa.list_(pa.float64()), "soft_weight": pa.float64(),
-        "hard_weight": pa.float64(), "scores": pa.string(), "note": pa.string(),
-        "kind": pa.string(), "layout": pa.string(), "input": pa.binary(),
-    }  # fmt: skip
-    schema = pa.schema(list(columns.items()))
+    types = (
+        pa.int64(), pa.string(), pa.int64(), pa.int64(), pa.int64() if whole else pa.string(),
+        pa.list_(pa.int64()), pa.list_(pa.float64()), pa.float64(), pa.float64(), pa.string(),
+        pa.string(), pa.string(), pa.string(), pa.binary(),
+    )  # fmt: skip
+    schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -139,6 +158,26 @@ def _write_parquet(store: MemoryStore, path: Path, version: int) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(
+            "a Parquet export needs pyarrow: pip install lifelong[data]; .safetensors needs nothing"
+        ) from error
+    return pa, pq
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is a Parquet export."""
+    pa, pq = _arrow()
+    try:
+        return tuple(pq.read_schema(path).names) == _COLUMNS
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _row(store: MemoryStore, item: Item, version: int, whole: bool) -> dict[str, Any]:

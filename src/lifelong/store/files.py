@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import checkpoint
-from ..errors import StoreDamagedError
+from ..errors import StoreDamagedError, StoreError
 
 _PIECE = 1 << 20
 
@@ -30,12 +30,33 @@ def require_plain(path: Path) -> bool:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Every plain file below a folder, hidden ones too; links are neither followed nor listed."""
-    for root, _, names in os.walk(folder, followlinks=False):
-        for name in sorted(names):
-            path = Path(root, name)
+    """Every plain file below a folder, hidden ones too; links are neither followed nor listed.
+
+    Raises as ``entries``.
+    """
+    for path in entries(folder):
+        with suppress(FileNotFoundError):  # another process has just removed it
             if stat.S_ISREG(path.lstat().st_mode):
                 yield path
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Everything below a folder but for folders; links are not followed, and listed.
+
+    Raises StoreError for a folder that cannot be looked into: what it holds would be missed.
+    """
+    for root, folders, names in os.walk(folder, followlinks=False, onerror=_unseen):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield Path(root, name)
+
+
+def _unseen(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise StoreError(
+            f"cannot look into the folder {error.filename} ({error.strerror}), so what it holds "
+            "would be missed; change its permissions, or move it away"
+        ) from error
 
 
 def sha256(path: Path) -> bytes:
@@ -60,6 +81,18 @@ def erase(*paths: Path) -> None:
             path.unlink()
     for folder in {path.parent for path in paths}:
         sync(folder)
+
+
+def discard(path: Path) -> None:
+    """``erase`` for what another process may be about to move to its place.
+
+    It gets a name of its own first: a writer that still wanted it fails, and what it was to replace
+    is unharmed.
+    """
+    private = path.with_name(f"{path.name}.erased")
+    with suppress(FileNotFoundError):
+        os.rename(path, private)
+        erase(private)
 
 
 def overwrite(path: Path, data: bytes) -> None:

@@ -28,7 +28,7 @@ import secrets
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -40,7 +40,6 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..errors import (
-    ForgottenError,
     StoreBusyError,
     StoreDamagedError,
     StoreError,
@@ -68,14 +67,18 @@ from .export import write_export
 from .sqlite import (
     THUMBNAILS,
     _default_ids,
+    _forgotten_error,
     _hash,
     _is_reference,
+    _Mark,
+    _marks,
     _memory_of,
     _mentions,
     _refer,
     _require_digest,
     _tag,
     _Today,
+    _tombstones,
     _utf8,
 )
 
@@ -328,7 +331,8 @@ class LanceStore:
         """See ``MemoryStore.append``.
 
         Raises ValueError where a column has another length than the memory, TypeError for a type
-        that cannot be stored, ForgottenError for ids that were forgotten, StoreBusyError.
+        that cannot be stored, ForgottenError for ids and inputs that were forgotten,
+        StoreBusyError.
         """
         n = len(memory)
         names = ids if ids is not None else _default_ids(memory)
@@ -345,8 +349,7 @@ class LanceStore:
         values = {k: torch.as_tensor(v).double().tolist() for k, v in (scores or {}).items()}
         each = [{name: value[i] for name, value in values.items()} for i in range(n)]
         with self._writing("append", message) as change:
-            if not readmit:
-                change.view.require_not_forgotten(names)
+            change.admit(_marks(change.view.salt, memory, names, contents), readmit)
             heads = [change.spec(json.dumps(h)) for h in memory.heads]
             states = codec.encode_states(memory, heads, names, notes, each)
             for content, state in zip(contents, states, strict=True):
@@ -407,24 +410,28 @@ class LanceStore:
             sources = [view.source[item] for item in sorted(items)]
             digests = self._take(view, sources, "digest")["digest"].to_pylist()
             match = scrub.Match(places, frozenset(digests))
-            # Files first: if a kill comes, the items are still known and forget is called again.
-            for run in runs:
-                changed += map(str, scrub.scrub_folder(run, match))
+            # All is read before anything is written. Files first: if a kill comes, the items are
+            # still known and forget is called again.
+            surveys = [scrub.survey(run, match) for run in runs]
             if self.folder is not None:
-                changed += map(str, scrub.scrub_folder(self.folder, match))
+                surveys.append(scrub.survey(self.folder, match, self._is_mine))
+            for found in surveys:
+                changed += map(str, scrub.carry_out(found, match))
+            if self.folder is not None:
                 changed += self._remove_thumbnails(self.folder / THUMBNAILS, items)
-            priors, influenced = self._forget_in_priors(view, change, set(states))
+            priors, influenced = self._forget_in_priors(view, change, set(states), places)
             touched = {n for life in view.lives if life[1] in items for n in life[2:]}
             messages = self._messages(view)
             blank = {n for n, text in messages.items() if n in touched or _mentions(text, names)}
             change.event |= {
                 "erased": sorted(items),
                 "blank": sorted(blank),
-                "tombstones": [_hash(view.salt, name).hex() for name in sorted(names)],
+                "tombstones": [h.hex() for h in _tombstones(view.salt, names, match)],
             }
             self._commit(view, change)
             changed += self._finish(self._view())
-        foreign = tuple(str(path) for path in self._foreign())
+        unseen = [path for found in surveys for path in found.foreign]
+        foreign = tuple(dict.fromkeys(map(str, [*unseen, *self._foreign()])))
         return Forgotten(change.number, len(items), tuple(changed), priors, influenced, foreign)
 
     def compact(self, *, keep: int = 1) -> int:
@@ -541,8 +548,8 @@ class LanceStore:
             name if old is None else old.name
             for name, old in zip(_default_ids(memory), found, strict=True)
         ]
-        if not readmit:
-            change.view.require_not_forgotten(names)
+        marks = _marks(change.view.salt, memory, names, contents, [old is None for old in found])
+        change.admit(marks, readmit)
         states = codec.encode_states(
             memory,
             [change.spec(json.dumps(head)) for head in memory.heads],
@@ -615,20 +622,34 @@ class LanceStore:
                 f"the prior cannot be read ({error!r}); upgrade lifelong, or use an older version"
             ) from error
 
-    def _forget_in_priors(self, view: _View, change: _Change, erased: set[int]) -> tuple[int, bool]:
+    def _is_mine(self, path: Path) -> bool:
+        """A file of the table's own, or a thumbnail."""
+        return path.relative_to(self.path).parts[0] in (*_OWN, LOCK, THUMBNAILS)
+
+    def _forget_in_priors(
+        self, view: _View, change: _Change, erased: set[int], places: Set[tuple[int, int]]
+    ) -> tuple[int, bool]:
         """How many older priors were given up, and whether today's held some of the items."""
         now = view.prior_of(change.number)
         older = len({digest for _, digest in view.priors if digest not in (None, now)})
         new = now
         if now is not None:
-            new = self._without(view, change, now, lambda state: state not in erased)
+            new = self._without(view, change, now, lambda state: state not in erased, places)
         change.event["renamed"] = [now, new]
         return older, new != now
 
     def _without(
-        self, view: _View, change: _Change, name: str, keeps: Callable[[int], bool]
+        self,
+        view: _View,
+        change: _Change,
+        name: str,
+        keeps: Callable[[int], bool],
+        places: Set[tuple[int, int]] = frozenset(),
     ) -> str:
-        """The name of a prior that has only those states; the same where it had no others."""
+        """The name of a prior that has only those states; the same where it had no others.
+
+        places: named by the members of its groups no more.
+        """
         held = False
 
         def fewer(holder: dict[str, Any]) -> dict[str, Any] | None:
@@ -644,8 +665,9 @@ class LanceStore:
                 changed["blocks"] = scrub.marginal(holder["blocks"], keep)
             return changed
 
-        state = scrub.map_memories(self._read_prior(view, name), fewer, _is_reference)
-        return change.put_prior(state) if held else name
+        before = scrub.map_memories(self._read_prior(view, name), fewer, _is_reference)
+        state = scrub.without_members(before, places)
+        return change.put_prior(state) if held or state is not before else name
 
     # -------------------------------------------------------------------- read
 
@@ -980,7 +1002,8 @@ class LanceStore:
         """See ``MemoryStore.export``.
 
         Raises ValueError for another suffix, and for Parquet in the store's folder, which
-        ``forget`` could not write again; ImportError without pyarrow.
+        ``forget`` could not write again; FileExistsError for a file that is no export; ImportError
+        without pyarrow.
         """
         path = Path(path)
         inside = self.folder is not None and self.folder.resolve() in path.resolve().parents
@@ -1097,6 +1120,8 @@ class _View:
                 self.lives = [life for life in self.lives if life[1] not in erased]
                 self.blank |= set(event["blank"])
                 self.tombstones |= dict.fromkeys(event["tombstones"], number)
+            for mark in event.get("readmitted", ()):
+                self.tombstones.pop(mark, None)
             if "lives" in event or "erased" in event:
                 self._open = {life[0]: life for life in self.lives if life[3] is None}
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -1141,15 +1166,6 @@ class _View:
     def prior_of(self, version: int) -> str | None:
         return next((d for n, d in reversed(self.priors) if n <= version), None)
 
-    def require_not_forgotten(self, names: Iterable[str]) -> None:
-        for name in names if self.tombstones else ():
-            number = self.tombstones.get(_hash(self.salt, name.encode()).hex())
-            if number is not None:
-                raise ForgottenError(
-                    f"{name!r} was forgotten in version {number}; leave it out (of a prior: "
-                    "prior.forget), or pass readmit=True if it may be kept again"
-                )
-
     def input_layout(self, place: int) -> codec.InputLayout:
         return self._layout(codec.InputLayout, self.layout[place])
 
@@ -1182,7 +1198,7 @@ class _View:
             columns.append(row[start : start + size])
             start += size
         _require_digest(layout.spec, columns, check)
-        return codec.State(layout, *columns)
+        return codec.State.of(layout, columns)
 
     def fits(self, where: Where, place: int, source: int) -> bool:
         """All that ``where`` says but for the text."""
@@ -1279,6 +1295,16 @@ class _Change:
         self.rows.append(row)
         self._state += 1
         return self._state - 1
+
+    def admit(self, marks: Iterable[_Mark], readmit: bool) -> None:
+        """Refuse what was forgotten; with ``readmit`` take its tombstones away."""
+        tombstones = self.view.tombstones
+        for mark in marks if tombstones else ():
+            known = mark.hash.hex() in tombstones
+            if known and readmit:
+                self.event.setdefault("readmitted", []).append(mark.hash.hex())
+            elif known and mark.refused:
+                raise _forgotten_error(mark, tombstones[mark.hash.hex()])
 
     def put_prior(self, state: Any) -> str:
         """Its name."""

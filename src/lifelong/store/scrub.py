@@ -7,7 +7,7 @@ its items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -116,44 +116,101 @@ def marginal(blocks: list[Any], keep: Tensor) -> list[dict[str, Any]]:
     return result
 
 
-def scrub(path: Path, match: Match) -> bool:
-    """Write a file again without the matching items, and erase the old one; whether it had any."""
-    kind = checkpoint.kind_of(path)
-    if kind not in KINDS:
-        return False
+def without(state: Any, match: Match) -> Any:
+    """A file's state without the matching items and their places; None where it has none of them.
+
+    The places: in memories, and in the members of groups (``Groups``), which name (task, origin).
+    """
+    places = set(match.places)
     found = False
 
     def change(holder: dict[str, Any]) -> dict[str, Any] | None:
         nonlocal found
-        keep = match.keep(holder["memory"])
+        memory = holder["memory"]
+        keep = match.keep(memory)
         if bool(keep.all()):
             return None
         found = True
+        places.update(zip(memory["task"][~keep].tolist(), memory["origin"][~keep].tolist()))
         return select(holder, keep)
 
-    state = map_memories(checkpoint.load(path, kind=kind), change)
-    if found:
-        files.overwrite(path, checkpoint.dumps(state, kind=kind))
-    return found
+    fewer = map_memories(state, change)
+    unnamed = without_members(fewer, places)
+    return unnamed if found or unnamed is not fewer else None
 
 
-def scrub_folder(folder: Path, match: Match, *, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """``scrub`` every safetensors file below a folder, leave out links; what was changed.
+def without_members(tree: Any, places: Set[tuple[int, int]]) -> Any:
+    """The tree with no row of those places in the members of groups; itself where none had any."""
+    if isinstance(tree, Mapping):
+        if tree.keys() == {"shares", "members"}:
+            members = tree["members"]
+            keep = [(task, origin) not in places for task, origin, _ in members.tolist()]
+            return tree if all(keep) else {**tree, "members": members[torch.tensor(keep)]}
+        new = {key: without_members(value, places) for key, value in tree.items()}
+        return new if any(new[key] is not tree[key] for key in new) else tree
+    if isinstance(tree, list):
+        rows = [without_members(value, places) for value in tree]
+        return rows if any(a is not b for a, b in zip(rows, tree)) else tree
+    return tree
 
-    Reports (report.html), which show the memory, and what a kill left of half-written checkpoints
-    are removed too. skip: names in the folder itself that are not looked at.
+
+@dataclass(frozen=True)
+class Survey:
+    """What is to be done below a folder. rewrite: files with matching items; erase: reports,
+    which show the memory, and what a kill left half-written; foreign: all that was not looked
+    into, links too."""
+
+    rewrite: tuple[Path, ...]
+    erase: tuple[Path, ...]
+    foreign: tuple[Path, ...]
+
+
+def survey(folder: Path, match: Match, skip: Callable[[Path], bool] = lambda _: False) -> Survey:
+    """Read every checkpoint of KINDS below a folder; nothing is changed.
+
+    skip: what is not looked at, and not listed. Raises StoreError for a folder that cannot be
+    looked into. A file that cannot be read, or whose contents make no sense, is foreign.
     """
-    changed = []
-    for path in files.walk(folder):
-        if path.parent == folder and path.name in skip:
+    rewrite, erase, foreign = [], [], []
+    for path in files.entries(folder):
+        if skip(path):
             continue
+        plain = path.is_file() and not path.is_symlink()
         temporary = path.name.startswith(".") and ".safetensors." in path.name
-        if temporary or path.name == "report.html":
-            files.erase(path)
-            changed.append(path)
-        elif path.suffix == ".safetensors" and scrub(path, match):
+        if plain and (temporary or path.name == "report.html"):
+            erase.append(path)
+            continue
+        try:
+            if not plain or _scrubbed(path, match)[1] is not None:
+                (rewrite if plain else foreign).append(path)
+        except _ODD:
+            foreign.append(path)
+    return Survey(tuple(rewrite), tuple(erase), tuple(foreign))
+
+
+def carry_out(found: Survey, match: Match) -> list[Path]:
+    """What was surveyed: files are written again without the items, and the old ones erased."""
+    changed = []
+    for path in found.erase:
+        files.discard(path)
+        changed.append(path)
+    for path in found.rewrite:
+        kind, state = _scrubbed(path, match)
+        if state is not None:
+            files.overwrite(path, checkpoint.dumps(state, kind=kind))
             changed.append(path)
     return changed
+
+
+_ODD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OSError)
+
+
+def _scrubbed(path: Path, match: Match) -> tuple[str, Any]:
+    """A file's kind and new state, None where it has none of the items. Raises _ODD for another."""
+    kind = checkpoint.kind_of(path)
+    if kind not in KINDS:
+        raise ValueError(f"{path} is no file that may hold memories")
+    return kind, without(checkpoint.load(path, kind=kind), match)
 
 
 def is_encoded(inputs: Any) -> bool:

@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class SqliteStore(Database):
         """See ``MemoryStore.append``.
 
         Raises ValueError where a column has another length than the memory, TypeError for a type
-        that cannot be stored, ForgottenError for ids that were forgotten.
+        that cannot be stored, ForgottenError for ids and inputs that were forgotten.
         """
         n = len(memory)
         names = ids if ids is not None else _default_ids(memory)
@@ -145,8 +145,7 @@ class SqliteStore(Database):
         values = {k: torch.as_tensor(v).double().tolist() for k, v in (scores or {}).items()}
         each = [{name: value[i] for name, value in values.items()} for i in range(n)]
         with self._writing("append", message) as (con, number):
-            if not readmit:
-                self._require_not_forgotten(con, names)
+            self._admit(con, _marks(self._salt, memory, names, contents), readmit)
             heads = [self._layout(con, json.dumps(h)) for h in memory.heads]
             states = codec.encode_states(memory, heads, names, notes, each)
             items = self._insert_contents(con, contents)
@@ -192,19 +191,21 @@ class SqliteStore(Database):
             return row[0]
         return con.execute("INSERT INTO layout(spec) VALUES (?)", (spec,)).lastrowid or 0
 
-    def _require_not_forgotten(self, con: sqlite3.Connection, names: Iterable[str]) -> None:
+    def _admit(self, con: sqlite3.Connection, marks: Iterable[_Mark], readmit: bool) -> None:
+        """Refuse what was forgotten; with ``readmit`` take its tombstones away."""
         if con.execute("SELECT 1 FROM tombstone LIMIT 1").fetchone() is None:
             return
-        salt = self._salt
-        for name in names:
-            row = con.execute(
-                "SELECT version FROM tombstone WHERE hash = ?", (_hash(salt, name.encode()),)
-            ).fetchone()
-            if row is not None:
-                raise ForgottenError(
-                    f"{name!r} was forgotten in version {row[0]}; leave it out (of a prior: "
-                    "prior.forget), or pass readmit=True if it may be kept again"
-                )
+        if readmit:
+            hashes = [(mark.hash,) for mark in marks]
+            con.executemany("DELETE FROM tombstone WHERE hash = ?", hashes)
+            return
+        for mark in marks:
+            if not mark.refused:
+                continue
+            row = con.execute("SELECT version FROM tombstone WHERE hash = ?", (mark.hash,))
+            found = row.fetchone()
+            if found is not None:
+                raise _forgotten_error(mark, found[0])
 
     def drop(self, which: Which, *, message: str = "") -> int:
         """See ``MemoryStore.drop``. Raises ValueError where no item of today is meant."""
@@ -276,23 +277,29 @@ class SqliteStore(Database):
                 frozenset((codec.unpack(">q", t), codec.unpack(">q", o)) for _, t, o in rows),
                 frozenset(row[0] for row in digests),
             )
-            # Files first: if a kill comes, the items are still known and forget is called again.
-            for run in runs:
-                changed += map(str, scrub.scrub_folder(run, match))
-            own = frozenset(p.name for p in self.folder.iterdir() if _is_own(p.name))
-            changed += map(str, scrub.scrub_folder(self.folder, match, skip=own))
+            # All is read before anything is written. Files first: if a kill comes, the items are
+            # still known and forget is called again.
+            surveys = [scrub.survey(run, match) for run in runs]
+            surveys.append(scrub.survey(self.folder, match, self._is_mine))
+            for found in surveys:
+                changed += map(str, scrub.carry_out(found, match))
             changed += self._remove_thumbnails(set(items))
-            priors, influenced = self._forget_in_priors(con, items)
+            priors, influenced = self._forget_in_priors(con, items, match.places)
             self._overwrite(con, chosen, names)
-            salt = self._salt
             con.executemany(
                 "INSERT OR REPLACE INTO tombstone VALUES (?, ?)",
-                [(_hash(salt, name), number) for name in names],
+                [(hash_, number) for hash_ in _tombstones(self._salt, names, match)],
             )
             con.execute("INSERT OR REPLACE INTO meta VALUES ('pending', 1)")
         changed += self._finish()
-        foreign = tuple(str(path) for path in self._foreign())
+        unseen = [path for found in surveys for path in found.foreign]
+        foreign = tuple(dict.fromkeys(map(str, [*unseen, *self._foreign()])))
         return Forgotten(number, len(items), tuple(changed), priors, influenced, foreign)
+
+    def _is_mine(self, path: Path) -> bool:
+        """A file of the store's own, or a thumbnail."""
+        own = path.parent == self.folder and _is_own(path.name)
+        return own or path.parent == self.folder / THUMBNAILS
 
     def _overwrite(self, con: sqlite3.Connection, chosen: str, names: Set[bytes]) -> None:
         """Zeros where the items are, of the same length: no row moves."""
@@ -415,8 +422,8 @@ class SqliteStore(Database):
             name if old is None else old.name
             for name, old in zip(_default_ids(memory), found, strict=True)
         ]
-        if not readmit:
-            self._require_not_forgotten(con, names)
+        marks = _marks(self._salt, memory, names, contents, [old is None for old in found])
+        self._admit(con, marks, readmit)
         fresh = [content for content, old in zip(contents, found, strict=True) if old is None]
         items = iter(self._insert_contents(con, fresh))
         states = codec.encode_states(
@@ -523,7 +530,9 @@ class SqliteStore(Database):
 
         return scrub.map_memories(self._read_prior(name), resolve, _is_reference)
 
-    def _forget_in_priors(self, con: sqlite3.Connection, items: Sequence[int]) -> tuple[int, bool]:
+    def _forget_in_priors(
+        self, con: sqlite3.Connection, items: Sequence[int], places: Set[tuple[int, int]]
+    ) -> tuple[int, bool]:
         """How many older priors were given up, and whether today's held some of the items."""
         now = _prior_of(con, newest(con))
         gone = con.execute("SELECT DISTINCT digest FROM prior WHERE digest IS NOT ?", (now,))
@@ -533,12 +542,19 @@ class SqliteStore(Database):
             return older, False
         rows = con.execute(f"SELECT id FROM state WHERE item IN {_CHOSEN}", (json.dumps(items),))
         erased = {row[0] for row in rows}
-        return older, self._rewrite_prior(con, now, lambda state: state not in erased)
+        return older, self._rewrite_prior(con, now, lambda state: state not in erased, places)
 
     def _rewrite_prior(
-        self, con: sqlite3.Connection, name: bytes, keeps: Callable[[int], bool]
+        self,
+        con: sqlite3.Connection,
+        name: bytes,
+        keeps: Callable[[int], bool],
+        places: Set[tuple[int, int]] = frozenset(),
     ) -> bool:
-        """Put a prior without some states in its place; whether it had any of them."""
+        """Put a prior without some states in its place; whether it had any of them.
+
+        places: named by the members of its groups no more.
+        """
         held = False
 
         def change(holder: dict[str, Any]) -> dict[str, Any] | None:
@@ -555,10 +571,11 @@ class SqliteStore(Database):
             return changed
 
         try:
-            state = scrub.map_memories(self._read_prior(name), change, _is_reference)
+            before = scrub.map_memories(self._read_prior(name), change, _is_reference)
         except FileNotFoundError as error:
             raise StoreDamagedError(f"{error} is missing; restore it from a copy") from error
-        if held:
+        state = scrub.without_members(before, places)
+        if held or state is not before:
             new = self._write_prior(state)
             con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, name))
         return held
@@ -700,7 +717,7 @@ class SqliteStore(Database):
         """Of the columns ``_WHOLE``, checked."""
         layout = self._state_layout(con, row[0])
         _require_digest(layout.spec, row[2:], row[1])
-        return codec.State(layout, *row[2:])
+        return codec.State.of(layout, row[2:])
 
     def _spec(self, con: sqlite3.Connection, number: int) -> str:
         if number not in self._layouts:
@@ -991,7 +1008,12 @@ class SqliteStore(Database):
                 blank = all(isinstance(c, bytes) and not c.strip(b"\0") for c in columns)
                 return "" if blank else "is half erased"
             try:
-                _require_digest(layout().spec, columns, digest)
+                form = layout()
+                _require_digest(form.spec, columns, digest)
+                if isinstance(form, codec.InputLayout):
+                    form.require(*columns)
+                else:
+                    codec.State.of(form, columns)
             except (StoreDamagedError, TypeError):
                 return f"its {name} is not what was written"
             return ""
@@ -1073,7 +1095,8 @@ class SqliteStore(Database):
         """See ``MemoryStore.export``. A file inside the store's folder is reached by ``forget``.
 
         Raises ValueError for another suffix, a name of the store's own, and Parquet in the
-        store's folder, which ``forget`` could not rewrite; ImportError without pyarrow.
+        store's folder, which ``forget`` could not rewrite; FileExistsError for a file that is no
+        export; ImportError without pyarrow.
         """
         path = Path(path)
         inside = self.folder.resolve() in path.resolve().parents
@@ -1174,9 +1197,62 @@ def _hash(salt: bytes, name: bytes) -> bytes:
     return hashlib.blake2b(name, digest_size=16, key=salt).digest()
 
 
+def _hash_content(salt: bytes, digest: bytes) -> bytes:
+    """Of an input, by its digest; never that of an id."""
+    return hashlib.blake2b(digest, digest_size=16, key=salt, person=b"input").digest()
+
+
 def _tag(salt: bytes, name: bytes) -> int:
     """An id's place in the index: 63 bits of its hash."""
     return int.from_bytes(_hash(salt, name)[:8], "big") >> 1
+
+
+class _Mark(NamedTuple):
+    """By which something that was forgotten is known again. refused: where its tombstone is."""
+
+    hash: bytes
+    name: str
+    refused: bool
+
+
+def _marks(
+    salt: bytes,
+    memory: Memory,
+    names: Sequence[str],
+    contents: Sequence[tuple[codec.InputLayout, bytes]],
+    fresh: Sequence[bool] | None = None,
+) -> list[_Mark]:
+    """Of items that are about to be written: id, place and input; not of those there already.
+
+    The place ("task:origin") is not refused under an id of the user's own, as it need not be
+    theirs; readmitting takes its tombstone away as well.
+    """
+    found = []
+    for i, (name, place) in enumerate(zip(names, _default_ids(memory), strict=True)):
+        if fresh is None or fresh[i]:
+            layout, data = contents[i]
+            content = _hash_content(salt, codec.digest(layout.spec, data))
+            found.append(_Mark(_hash(salt, name.encode()), repr(name), True))
+            found.append(_Mark(_hash(salt, place.encode()), repr(place), False))
+            found.append(_Mark(content, f"the input of {name!r}", True))
+    return found
+
+
+def _tombstones(salt: bytes, names: Set[bytes], match: scrub.Match) -> list[bytes]:
+    """Hashes of what must not come back: ids, the ids that the items have by default, inputs.
+
+    A prior holds no ids, so one that was kept elsewhere is known by places and inputs alone.
+    """
+    ids = set(names) | {default_id(*place).encode() for place in match.places}
+    hashes = {_hash(salt, name) for name in ids}
+    return sorted(hashes | {_hash_content(salt, digest) for digest in match.digests})
+
+
+def _forgotten_error(mark: _Mark, version: int) -> ForgottenError:
+    return ForgottenError(
+        f"{mark.name} was forgotten in version {version}; leave it out (of a prior: prior.forget), "
+        "or pass readmit=True if it may be kept again"
+    )
 
 
 def _utf8(text: str, what: str) -> bytes:
