@@ -1,0 +1,112 @@
+"""The tables of docs/kprior-experiments.md, from the record of the K-priors experiments.
+
+    python -m benchmarks.adaptation_page [--record benchmarks/results/DATE_adaptation]
+
+Each stands between two marks, <!-- NAME: start --> and <!-- NAME: end -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "kprior-experiments.md"
+SETS = {
+    "usps-linear": "USPS linear",
+    "adult": "Adult",
+    "usps-mlp": "USPS MLP",
+    "mnist-cnn": "MNIST, CNN",
+    "cifar-cnn": "CIFAR-10 (JPEG 75), CNN",
+}
+LINES = {
+    "batch": "batch",
+    "K-prior": "K-prior",
+    "replay": "replay",
+    "K-prior, N/M": "K-prior, N/M",
+    "K-prior, random, N/M": "random, N/M",
+    "K-prior, sampled by h', weighted": "sampled by h′",
+    "K-prior, G of the rest": "G of the rest",
+    "replay, random, N/M": "replay, random, N/M",
+}
+HARD = {
+    "remove": (
+        "K-prior, N/M",
+        "K-prior, removed kept in memory",
+        "K-prior, N/M, removed kept in memory",
+    ),
+    "model": (
+        "K-prior, N/M",
+        "K-prior, N/M, first layer shared",
+        "K-prior, random, N/M, first layer shared",
+        "replay, random, N/M, first layer shared",
+    ),
+}
+MOST = 3  # seeds of a cell that is whole
+
+
+def cell(value: Mapping[str, Any] | None) -> str:
+    """Percent, with a standard error from 0.05 up and the number of seeds where it is not all."""
+    if not value:
+        return "–"
+    error = value.get("standard_error")
+    spread = "" if error is None or 100 * error < 0.05 else f" ± {100 * error:.1f}"
+    seeds = "" if value["n"] >= MOST else f" ({value['n']})"
+    return f"{100 * value['mean']:.1f}{spread}{seeds}"
+
+
+def accuracies(result: Mapping[str, Any], memory: str) -> str:
+    """A row for each set and change, a column for each line, with that part of the past kept."""
+    rows = [f"| accuracy, % | {' | '.join(LINES.values())} |", "|---" * (len(LINES) + 1) + "|"]
+    for name, title in SETS.items():
+        for change, found in result.get(name, {}).items():
+            of = found["accuracy"]
+            cells = [
+                cell(of.get(line, {}).get("all" if line == "batch" else memory)) for line in LINES
+            ]
+            rows.append(f"| {title}, {change} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def hard(result: Mapping[str, Any]) -> str:
+    """The lines for the MLP's two hard changes, over the sizes of the memory."""
+    sizes = ("0.02", "0.05", "0.07", "0.1")
+    rows = ["| USPS MLP | line | 2 % | 5 % | 7 % | 10 % |", "|---|---|---|---|---|---|"]
+    for change, lines in HARD.items():
+        of = result["usps-mlp"][change]["accuracy"]
+        for line in lines:
+            cells = (cell(of.get(line, {}).get(size)) for size in sizes)
+            rows.append(f"| {change} | {line} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def fill(text: str, name: str, body: str) -> str:
+    """The page with ``body`` between the two marks of that name. Raises ValueError without them."""
+    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+    if start not in text or end not in text:
+        raise ValueError(f"the page has no marks {start} and {end}")
+    head, rest = text.split(start)
+    return f"{head}{start}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    records = sorted((HERE / "results").glob("????-??-??_adaptation"))
+    parser.add_argument("--record", type=Path, default=records[-1] if records else None)
+    options = parser.parse_args(arguments)
+    result = json.loads((options.record / "result.json").read_text())
+    text = PAGE.read_text()
+    for name, body in (
+        ("accuracy-5", accuracies(result, "0.05")),
+        ("accuracy-2", accuracies(result, "0.02")),
+        ("hard", hard(result)),
+    ):
+        text = fill(text, name, body)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
