@@ -912,6 +912,10 @@ class LanceStore:
                 found[number[row["commit"]]] = row["message"]
         return found
 
+    def find(self, which: Which) -> list[int]:
+        """See ``MemoryStore.find``."""
+        return self._chosen(self._view(), which, None)
+
     def history(self) -> list[Version]:
         """See ``MemoryStore.history``."""
         view = self._view()
@@ -932,7 +936,8 @@ class LanceStore:
             saved = n in priors and event["kind"] == "prior"
             size = len(view.alive(n))
             counts = (len(came - went), len(went - came), size)
-            result.append(Version(n, event["time"], event["kind"], text, *counts, saved))
+            held = view.prior_of(n) is not None
+            result.append(Version(n, event["time"], event["kind"], text, *counts, saved, held))
         return result
 
     def diff(self, a: int, b: int) -> Diff:
