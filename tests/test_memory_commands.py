@@ -387,8 +387,10 @@ def test_forget(command: Command, store: Path, run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "stdin", stdin)
     code, out, err = command("forget", store, "--ids", "2,0:20", "--run", run)
     assert code == 0
-    assert "forget erases 2 ids (2, 0:20) from every version" in err
+    assert "forget erases 2 items (2, 0:20) from every version" in err
     assert f"and from the checkpoints of {run}. It cannot be undone." in err
+    assert f"No run may be going on in {run}" in err
+    assert f"{run}/config.toml was not looked into: remove it if it holds or names an item" in err
     assert "does not reach: exports, backups" in err
     assert out.startswith("2 items erased: ")
     assert not found(1)
@@ -400,9 +402,10 @@ def test_forget(command: Command, store: Path, run: Path, monkeypatch: pytest.Mo
     (store / "mine.txt").write_text("")
     code, out, err = command("forget", store, "--task", 1, "--yes", "--json")
     assert (code, json.loads(out)["items"]) == (0, 3)
-    assert "3 items of today's memory" in err
+    assert "forget erases 3 items (of task 1, which lifelong adapt counts as 2: 4, 5, 6)" in err
+    assert "No run" not in err
     code, _, err = command("forget", store, "--ids", "1", "--yes")
-    assert "mine.txt is not the library's, and was not looked into" in err
+    assert "mine.txt was not looked into" in err
     with open_store(store, "r") as opened:
         assert opened.count(Where()) == 2
 
@@ -421,6 +424,8 @@ def test_compact(command: Command, store: Path) -> None:
     code, out, err = command("compact", store)
     assert (code, err) == (0, "")
     assert out.startswith("4 versions before, ")
+    with open_store(store, "r") as opened:  # the newest one, and that of compact itself
+        assert [v.number for v in opened.history()] == [4, 5]
     _, out, _ = command("compact", store, "--keep", 3, "--json")
     assert set(json.loads(out)) == {"version", "bytes_before", "bytes_after"}
 
@@ -450,7 +455,11 @@ def test_compact(command: Command, store: Path) -> None:
         (["show", "STORE", "0:0"], 2, "2 items are called 0:0: say 1, 9"),
         (["drop", "STORE"], 2, "say which items to drop: --ids, or --task"),
         (["drop", "STORE", "--ids", "77"], 1, "no items [77]; lifelong memory ls lists them"),
+        (["show", "STORE", "99999999999999999999"], 2, "not in today's memory: 999999999999999"),
+        (["drop", "STORE", "--task", "99999999999999999999"], 1, "no item of today's memory is"),
         (["forget", "STORE", "--yes"], 2, "say which items to forget"),
+        (["forget", "STORE", "--ids", "77,1"], 1, "any version has no items [77]"),
+        (["forget", "STORE", "--task", "7"], 1, "no item of any version is Where(task=7"),
         (
             ["forget", "STORE", "--ids", "1", "--run", "no", "--yes"],
             2,

@@ -273,6 +273,66 @@ def test_filters_agree_with_a_plain_loop(tmp_path_factory, data):
             assert store.count(where, version=1) == len(expected)
 
 
+@pytest.mark.parametrize("huge", [2**63, 10**30, -(2**63) - 1, -(10**30)])
+def test_numbers_beyond_64_bits_match_nothing(store: MemoryStore, huge: int) -> None:
+    store.append(examples([1, 2]))
+    for where in (Where(task=huge), Where(origin=huge), Where(label=huge)):
+        assert (store.items(where), store.count(where)) == ([], 0)
+        for change in (store.drop, store.forget, store.find):
+            with pytest.raises(ValueError, match="no item of"):
+                change(where)
+    assert len(store.items(after=huge)) == (0 if huge > 0 else 2)
+    assert len(store.items(limit=abs(huge))) == 2
+    for call in (store.raw, lambda n: store.memory([n]), lambda n: store.forget([n])):
+        with pytest.raises(ValueError, match=r"has? (an|no) items? "):
+            call(huge)
+    with pytest.raises(StoreVersionError):
+        store.items(version=huge)
+
+
+def test_what_a_forget_would_take_is_told_before(store: MemoryStore) -> None:
+    store.append(examples([1, 2, 3]), ids=["a", "a", "b"])
+    store.drop(["b"])
+    assert store.find(["a"]) == [1, 2]
+    assert store.find(["b", 1]) == [1, 3]
+    assert store.find(Where()) == [1, 2, 3]
+    assert store.version == 2
+    assert store.forget(["b", 1]).items == 2
+    with pytest.raises(ValueError, match="any version has no items"):
+        store.find(["b"])
+
+
+def test_history_tells_which_versions_have_a_prior(store: MemoryStore) -> None:
+    """in_force: where ``load_prior`` gives one."""
+
+    def loads(version: int) -> bool:
+        try:
+            return store.load_prior(version).num_data > 0
+        except ValueError:
+            return False
+
+    def check(saved: list[int]) -> None:
+        history = store.history()
+        assert [v.in_force for v in history] == [loads(v.number) for v in history]
+        assert [v.number for v in history if v.prior] == saved
+
+    store.append(examples([1, 2, 3]))
+    check([])
+    store.save_prior(prior_of(examples([1, 2]), 1))
+    store.drop(["0:1"])
+    store.restore(1)
+    check([2])
+    store.restore(2)
+    store.save_prior(prior_of(examples([1]), 1))
+    check([2, 6])
+    store.forget(["0:2"])
+    check([6])
+    store.drop(["0:1"])
+    store.compact()
+    check([])
+    assert store.history()[-1].in_force
+
+
 def test_pages_meet_every_item_once(store: MemoryStore) -> None:
     store.append(examples(list(range(1, 24))), scores={"lambda": torch.arange(23) / 4})
     seen, after = [], 0
@@ -512,7 +572,8 @@ def test_a_stale_prior_does_not_bring_a_forgotten_item_back(store: MemoryStore) 
     store.save_prior(stale)
     store.forget(["b"])
     elsewhere = replace(memory, origin=memory.origin + 100)  # the same inputs at other places
-    changed = replace(memory, inputs=memory.inputs + 1)  # other inputs at the same places
+    other = examples([4, 5, 6]).inputs
+    changed = replace(memory, inputs=other)  # other inputs at the same places
     for held, said in (
         (memory, "'0:2'"),
         (elsewhere, "the input of '0:102'"),

@@ -267,6 +267,31 @@ def test_what_lance_says_becomes_what_to_do(folder: Path) -> None:
             raise KeyError("not Lance's")
 
 
+def test_an_address_that_does_not_answer_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a local folder the same words are damage."""
+    here = f"file://{folder}"
+    with open_store(here, "r") as far, open_store(folder, "r") as near:
+        for text in (
+            "LanceError(IO): Generic S3 error: Error performing GET http://x/b in 600µs - HTTP "
+            "error: error sending request",
+            "Generic S3 error: the credential provider was not enabled",
+            "Client error with status 403 Forbidden",
+        ):
+            expected = pytest.raises(StoreError, match=r"cannot reach file://.*credentials")
+            with expected as caught, far._errors():  # type: ignore[attr-defined]
+                raise OSError(text)
+            assert type(caught.value) is StoreError
+            with pytest.raises(StoreDamagedError), near._errors():  # type: ignore[attr-defined]
+                raise OSError(text)
+
+
+def test_a_new_store_is_its_makers_alone(folder: Path) -> None:
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / of_lance.LOCK).stat().st_mode & 0o777 == 0o600
+
+
 def test_reading_mode_writes_nothing(folder: Path, tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     with open_store(folder, "r") as store:

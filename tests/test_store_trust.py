@@ -27,9 +27,11 @@ from lifelong.errors import (
     StoreDamagedError,
     StoreError,
     StoreFullError,
+    StoreReadOnlyError,
     StoreVersionError,
 )
 from lifelong.store import Where, codec, open_store
+from lifelong.store import database as of_database
 from lifelong.store import sqlite as of_sqlite
 from lifelong.store.database import DATABASE, GUARD
 from lifelong.store.files import overwrite
@@ -463,7 +465,9 @@ def open_folder(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_read_only_folder_can_be_read(open_folder: Path, killed: Path, log: bool) -> None:
+def test_a_read_only_folder_can_be_read(
+    open_folder: Path, killed: Path, log: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if log:
         shutil.rmtree(open_folder)
         shutil.copytree(killed, open_folder)
@@ -473,10 +477,13 @@ def test_a_read_only_folder_can_be_read(open_folder: Path, killed: Path, log: bo
             shutil.copy(open_folder / f"{DATABASE}-shm", killed)
         shutil.copy(killed / f"{DATABASE}-shm", open_folder)
         shutil.copy(killed / LOG, open_folder)
+    expected = contents(killed)[1] if log else contents(open_folder)[1]
+    if not log:  # of the reader just now
+        for name in (LOG, f"{DATABASE}-shm"):
+            (open_folder / name).unlink(missing_ok=True)
     for path in open_folder.iterdir():
         path.chmod(0o444)
     open_folder.chmod(0o555)
-    expected = contents(killed)[1] if log else contents(open_folder)[1]
 
     def as_nobody(call: Callable[[], Any]) -> Callable[[], Any]:
         def work() -> Any:
@@ -487,7 +494,15 @@ def test_a_read_only_folder_can_be_read(open_folder: Path, killed: Path, log: bo
         return work
 
     said = in_child(as_nobody(lambda: contents(open_folder)[1] == expected))
-    assert said == "returned True"
+    if log:
+        assert said == "returned True"
+    else:  # another user may be writing: SQLite needs a file by which to see that
+        assert said.startswith("StoreReadOnlyError: "), said
+        assert "Allow this user to write the folder, or copy it" in said
+        with monkeypatch.context() as patch:
+            patch.setattr(of_database, "_fixed", lambda _: True)  # on a medium for reading alone
+            said = in_child(as_nobody(lambda: contents(open_folder)[1] == expected))
+        assert said == "returned True"
     said = in_child(as_nobody(lambda: open_store(open_folder)))
     assert said.startswith("StoreReadOnlyError: "), said
     assert 'read it with open_store(path, "r")' in said
@@ -525,7 +540,17 @@ def test_a_writer_that_waits_in_vain_says_so(folder: Path) -> None:
         assert one.version == 8
 
 
-def test_many_may_make_the_same_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_many_may_make_the_same_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Also where the file system has no hard links."""
+
+    def none(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
     said = []
     read, write = os.pipe()
     for i in range(4):
@@ -541,6 +566,28 @@ def test_many_may_make_the_same_store(tmp_path: Path) -> None:
     said = sorted(os.read(read, 10))
     os.close(read)
     assert said == [1, 2, 3, 4]
+
+
+def test_a_store_is_of_its_user_alone(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s") as store:
+        store.append(examples([1]))
+        store.save_prior(prior_of(examples([1]), 1))
+        store.export(tmp_path / "s" / "e.safetensors")
+        store.export(tmp_path / "e.parquet")
+        for path in [*(tmp_path / "s").iterdir(), tmp_path / "e.parquet"]:
+            assert path.stat().st_mode & 0o777 == 0o600, path
+        assert (tmp_path / "s" / LOG).exists()
+
+
+def test_a_folder_that_takes_no_file_is_told_of(tmp_path: Path, monkeypatch) -> None:
+    def none(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    monkeypatch.setattr(os, "rename", none)
+    with pytest.raises(StoreReadOnlyError, match=r"cannot make .*; choose another folder"):
+        open_store(tmp_path / "s")
+    assert list((tmp_path / "s").iterdir()) == []
 
 
 def test_a_store_may_cross_a_fork(folder: Path) -> None:

@@ -89,7 +89,7 @@ class Selecting(Common):
     """Items by number, or by the id that they were given (one of digits alone as id=17), with \
 commas between; @FILE reads them from a file, one or more a line."""
     task: Annotated[int | None, arg(metavar="INT"), _ANY] = None
-    """Items of this task; the first is 0."""
+    """Items of this task, counted from 0 as ids are (0:17); lifelong adapt counts it from 1."""
     label: Annotated[float | None, arg(metavar="NUMBER"), _ANY] = None
     """Items with this label."""
     text: Annotated[str | None, arg(metavar="TEXT"), _ANY] = None
@@ -196,7 +196,7 @@ class Verify(Common):
 @dataclass(frozen=True, kw_only=True)
 class Compact(Common):
     keep: int = 1
-    """How many of the newest versions stay."""
+    """How many of the newest versions stay, beside the one that compact makes."""
 
     def check(self) -> None:
         if self.keep < 1:
@@ -459,7 +459,8 @@ def _history(flags: History) -> int:
     for v in versions:
         came, went = (str(n) if n else "" for n in (v.added, v.dropped))
         row = [str(v.number), _time_text(v.time), v.kind, came, went, str(v.size)]
-        table.add_row(*map(_plain, [*row, "yes" if v.prior else "", v.message]))
+        prior = "saved" if v.prior else "as before" if v.in_force else ""
+        table.add_row(*map(_plain, [*row, prior, v.message]))
     _print(table)
     return 0
 
@@ -588,9 +589,12 @@ FINAL = """\
 forget erases {what} from every version, soft labels, thumbnails and priors of the store
 {also}. It cannot be undone.
 What it does not reach: exports, backups and copies made elsewhere; other runs and reports;
-weights that were trained on the items (Prior.forget takes their influence out of a prior);
-and blocks that the disk or an object store keeps until they are overwritten or expire.
+files of runs that are no checkpoints, such as logs and certificates, which may name an item
+(they are listed afterwards); weights that were trained on the items (Prior.forget takes their
+influence out of a prior); and blocks that the disk or an object store keeps until they are
+overwritten or expire.
 """
+GOING_ON = "No run may be going on in {runs}: a checkpoint that is being written would be lost.\n"
 
 
 def _forget(flags: Forget) -> int:
@@ -599,10 +603,12 @@ def _forget(flags: Forget) -> int:
         if not run.is_dir():
             raise UsageError(f"--run {run}: there is no such folder")
     with _reading(flags.store) as store:
-        what = _what(store, flags)
+        what = _what(store, flags, which)
     runs = ", ".join(str(run) for run in flags.run)
     also = f"and from the checkpoints of {runs}" if runs else "(of runs, name them with --run)"
     sys.stderr.write(FINAL.format(what=what, also=also))
+    if runs:
+        sys.stderr.write(GOING_ON.format(runs=runs))
     if not flags.yes and not _agreed():
         _say("nothing was forgotten")
         return 1
@@ -623,17 +629,17 @@ def _forget(flags: Forget) -> int:
             "and save the new prior"
         )
     for file in done.foreign:
-        _say(f"{file} is not the library's, and was not looked into")
+        _say(f"{file} was not looked into: remove it if it holds or names an item")
     return 0
 
 
-def _what(store: MemoryStore, flags: Forget) -> str:
-    """In words, what is about to go: "3 items of today's memory, and ..."."""
-    if flags.ids is None:
-        today = store.count(_where(flags))
-        return f"{_items(today)} of today's memory, and what else is like that,"
-    keys = _keys(flags.ids)
-    return f"{_many(len(keys), 'id')} ({_numbers(keys)})"
+def _what(store: MemoryStore, flags: Forget, which: Any) -> str:
+    """In words, what is about to go: "3 items (1, 2, 5)". ValueError where there is nothing."""
+    found = store.find(which)
+    said = _numbers(found if flags.ids is None else which)
+    if flags.task is not None:
+        said = f"of task {flags.task}, which lifelong adapt counts as {flags.task + 1}: {said}"
+    return f"{_items(len(found))} ({said})"
 
 
 def _agreed() -> bool:
@@ -923,7 +929,8 @@ COMMANDS: dict[str, Command] = {
     "compact": Command(
         Compact,
         _compact,
-        "Give up old versions, and the room that they and erased items took.",
+        "Give up old versions, and the room that they and erased items took. That is a\nversion of "
+        "its own, so --keep 1 leaves two.",
         ("compact memories/x", "compact memories/x --keep 5"),
     ),
 }

@@ -78,7 +78,8 @@ class Version:
     """One committed change. kind: "append", "drop", "restore", "forget", "prior", "compact".
 
     time: UTC, ISO 8601; added, dropped: items that came and went; size: items afterwards;
-    prior: whether a prior was saved with it; message: the user's, "" where it was erased.
+    prior: whether a prior was saved with it; in_force: whether it has one, that or an older one,
+    so that ``load_prior(number)`` gives it; message: the user's, "" where it was erased.
     What was forgotten counts nowhere, as if it had never been there.
     """
 
@@ -90,6 +91,7 @@ class Version:
     dropped: int
     size: int
     prior: bool
+    in_force: bool
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,10 @@ class MemoryStore(Protocol):
         ...
 
     def compact(self, *, keep: int = 1) -> int:
-        """Give up all but the newest ``keep`` versions, and the room of what was erased."""
+        """Give up all but the newest ``keep`` versions, and the room of what was erased.
+
+        That is a version of its own, beside those.
+        """
         ...
 
     def save_prior(self, prior: Prior, *, message: str = "", readmit: bool = False) -> int:
@@ -277,6 +282,13 @@ class MemoryStore(Protocol):
 
     def count(self, where: Where | None = None, *, version: int | None = None) -> int:
         """How many items ``items`` would list over all pages."""
+        ...
+
+    def find(self, which: Which) -> list[int]:
+        """The numbers of all items that ``forget(which)`` would erase, of any version.
+
+        Raises ValueError where an id or a number is of none, or no item is like that.
+        """
         ...
 
     def history(self) -> list[Version]:

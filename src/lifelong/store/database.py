@@ -137,6 +137,8 @@ class Database:
         temporary = self.folder / f".{DATABASE}.{secrets.token_hex(8)}"
         with self._errors():
             try:
+                # Its user's alone, as the files of priors are; SQLite makes -wal and -shm like it.
+                os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
                 con = sqlite3.connect(temporary, isolation_level=None)
                 try:
                     con.execute(f"PRAGMA page_size = {_PAGE}")
@@ -155,7 +157,11 @@ class Database:
                 finally:
                     con.close()
                 with suppress(FileExistsError):  # another process was faster: its store is used
-                    os.link(temporary, self._database)
+                    _place(temporary, self._database)
+            except OSError as error:
+                raise StoreReadOnlyError(
+                    f"cannot make {self._database} ({error.strerror}); choose another folder"
+                ) from error
             finally:
                 for name in ("", "-wal", "-shm", "-journal"):
                     Path(f"{temporary}{name}").unlink(missing_ok=True)
@@ -164,8 +170,7 @@ class Database:
     def _connect(self, mode: str) -> sqlite3.Connection:
         address = f"file:{quote(str(self._database.absolute()))}?mode={mode}"
         log = Path(f"{self._database}-wal")
-        unwritable = not os.access(self.folder, os.W_OK)
-        if mode == "ro" and unwritable and not (log.exists() and log.stat().st_size):
+        if mode == "ro" and _fixed(self.folder) and not (log.exists() and log.stat().st_size):
             address += "&immutable=1"  # SQLite could make no -shm there, and nobody writes
         con = sqlite3.connect(address, uri=True, isolation_level=None, timeout=self.timeout)
         try:
@@ -277,7 +282,14 @@ class Database:
                 f"no room to write {where} ({error}): the disk or a quota is full. Nothing was "
                 "changed; free some space and try again"
             )
-        if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        unwritable = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+        if primary in unwritable and self.mode == "r":
+            return StoreReadOnlyError(
+                f"{where} cannot be read by a user who cannot write its folder ({error}): SQLite "
+                "keeps a file there by which readers see what is being written. Allow this user to "
+                "write the folder, or copy it and read the copy"
+            )
+        if primary in unwritable:
             return StoreReadOnlyError(
                 f"{where} or its folder cannot be written ({error}); change its permissions, or "
                 'read it with open_store(path, "r")'
@@ -327,7 +339,7 @@ class Database:
         flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         # On a full disk the guard stays behind: it then notices less, and nothing is lost.
         with suppress(OSError):
-            handle = os.open(self.folder / GUARD, flags, 0o644)
+            handle = os.open(self.folder / GUARD, flags, 0o600)
             try:
                 os.write(handle, text)
             finally:
@@ -351,6 +363,34 @@ class Database:
         if not isinstance(salt, bytes):
             raise StoreDamagedError(f"{self._database} has lost its salt; restore it from a copy")
         return salt
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give a new file its name. Raises FileExistsError where there is one of that name."""
+    with suppress(OSError):
+        if not os.path.lexists(path):
+            os.link(temporary, path)
+            return
+    # A file system without links: a rename would replace another's, so only one at a time.
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            raise FileExistsError(path)
+        os.rename(temporary, path)
+    finally:
+        os.close(handle)
+
+
+def _fixed(folder: Path) -> bool:
+    """Whether a folder's file system is mounted for reading alone: then nobody writes there."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):
+        return False
 
 
 _OF_PARENTS: list[sqlite3.Connection] = []  # never closed in a child

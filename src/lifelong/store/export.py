@@ -149,6 +149,8 @@ def _write_parquet(store: MemoryStore, path: Path, version: int) -> Path:
     schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # its user's alone
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for page in pages(store, version):

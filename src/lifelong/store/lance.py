@@ -85,6 +85,10 @@ from .sqlite import (
 FORMAT = 1
 LOCK = "writer.lock"
 _OWN = ("data", "_versions", "_transactions", "_deletions", "_indices")  # Lance's own folders
+# What the layer below Lance says where an address does not answer, or not to us.
+_UNREACHED = ("sending request", "http error", "timed out", "timeout", "dns error", "connection",
+              "credential", "unauthorized", "forbidden", "nosuchbucket", "status 4",
+              "status 5")  # fmt: skip
 _INDEX = ("commit", "event", "prior", "item", "state", "whole", "task", "origin", "label", "tag",
           "layout", "spec")  # fmt: skip
 
@@ -129,6 +133,8 @@ class LanceStore:
         schema = _schema(FORMAT, secrets.token_hex(16))
         with self._errors():
             try:
+                if self.folder is not None:
+                    self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 lance.write_dataset(schema.empty_table(), self._uri, mode="create")
             except OSError as error:  # another process was faster: its store is used
                 if "already exists" not in str(error):
@@ -214,6 +220,12 @@ class LanceStore:
             )
         if "was not found" in low and "dataset at path" in low:
             return FileNotFoundError(f"there is no store at {self.path}")
+        if self.folder is None and any(word in low for word in _UNREACHED):
+            return StoreError(
+                f"cannot reach {self.path} ({text[:300]}). Check the address, the network and the "
+                "credentials, which are the environment's. Before you repeat a write, look at "
+                "store.version: only the answer may be missing"
+            )
         if "commit conflict" in low or "concurrent" in low:
             return StoreBusyError(
                 f"another process was writing to {self.path}; nothing was changed, try again"
@@ -237,7 +249,7 @@ class LanceStore:
         import fcntl
 
         try:
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StoreReadOnlyError(
                 f"{self.folder} cannot be written ({error.strerror}); change its permissions, or "
@@ -912,6 +924,10 @@ class LanceStore:
                 found[number[row["commit"]]] = row["message"]
         return found
 
+    def find(self, which: Which) -> list[int]:
+        """See ``MemoryStore.find``."""
+        return self._chosen(self._view(), which, None)
+
     def history(self) -> list[Version]:
         """See ``MemoryStore.history``."""
         view = self._view()
@@ -932,7 +948,8 @@ class LanceStore:
             saved = n in priors and event["kind"] == "prior"
             size = len(view.alive(n))
             counts = (len(came - went), len(went - came), size)
-            result.append(Version(n, event["time"], event["kind"], text, *counts, saved))
+            held = view.prior_of(n) is not None
+            result.append(Version(n, event["time"], event["kind"], text, *counts, saved, held))
         return result
 
     def diff(self, a: int, b: int) -> Diff:

@@ -192,7 +192,7 @@ def carry_out(found: Survey, match: Match) -> list[Path]:
     """What was surveyed: files are written again without the items, and the old ones erased."""
     changed = []
     for path in found.erase:
-        files.discard(path)
+        (files.discard if path.name.startswith(".") else files.erase)(path)
         changed.append(path)
     for path in found.rewrite:
         kind, state = _scrubbed(path, match)

@@ -67,6 +67,7 @@ from .export import write_export
 
 THUMBNAILS = "thumbnails"
 _APPENDED = ("content", "state", "version")
+_LARGEST = 2**63 - 1  # number that SQLite holds
 _ERASED = bytes(32)  # the digest of a row that was overwritten
 _WHOLE = (
     "s.layout, s.digest, s.name, s.task, s.origin, s.head, s.soft, s.hard, s.scores, s.note, "
@@ -758,8 +759,9 @@ class SqliteStore(Database):
     def raw(self, item: int) -> Any:
         """See ``MemoryStore.raw``. Raises ValueError for an item that no kept version has."""
         with self._reading() as con:
+            number = max(-1, min(item, _LARGEST))
             row = con.execute(
-                "SELECT layout, digest, input FROM content WHERE id = ?", (item,)
+                "SELECT layout, digest, input FROM content WHERE id = ?", (number,)
             ).fetchone()
             if row is None or row[1] == _ERASED:
                 raise ValueError(f"no version has an item {item}; store.items() lists them")
@@ -784,6 +786,7 @@ class SqliteStore(Database):
             )
             sql, values = self._select(con, columns, where, at)
             sql += " AND l.item > ? ORDER BY l.item LIMIT ?"
+            after, limit = (max(-_LARGEST, min(n, _LARGEST)) for n in (after, limit))
             return [self._item(con, row) for row in con.execute(sql, (*values, after, limit))]
 
     def _item(self, con: sqlite3.Connection, row: Sequence[Any]) -> Item:
@@ -822,12 +825,14 @@ class SqliteStore(Database):
         values: list[Any] = [] if today or version is None else [version, version]
         alive = "1" if version is None else "l.died IS NULL" if today else _ALIVE
         parts, where = [alive], where or Where()
-        if where.task is not None:
-            parts.append("s.task = ?")
-            values.append(codec.integer(where.task))
-        if where.origin is not None:
-            parts.append("s.origin = ?")
-            values.append(codec.integer(where.origin))
+        for column, wanted in (("task", where.task), ("origin", where.origin)):
+            if wanted is None:
+                continue
+            if not -_LARGEST <= wanted <= _LARGEST:
+                parts.append("0")  # no item has it
+                continue
+            parts.append(f"s.{column} = ?")
+            values.append(codec.integer(wanted))
         if where.label is not None:
             pairs = self._labels(con, where.label)
             parts.append(" OR ".join(["s.layout = ? AND s.label = ?"] * len(pairs)) or "0")
@@ -924,6 +929,11 @@ class SqliteStore(Database):
             )
         return sorted(alive)
 
+    def find(self, which: Which) -> list[int]:
+        """See ``MemoryStore.find``."""
+        with self._reading() as con:
+            return self._chosen(con, which, None)
+
     def history(self) -> list[Version]:
         """See ``MemoryStore.history``."""
         with self._reading() as con:
@@ -935,9 +945,7 @@ class SqliteStore(Database):
                     "b.item = a.item AND b.died = a.born) GROUP BY a.born"
                 ).fetchall()
             )
-            priors = {
-                row[0] for row in con.execute("SELECT version FROM prior WHERE digest IS NOT NULL")
-            }
+            priors = dict(con.execute("SELECT version, digest FROM prior ORDER BY version"))
             rows = con.execute("SELECT * FROM version ORDER BY number")
             result, size = [], None
             for number, when, kind, digest, message in rows.fetchall():
@@ -952,8 +960,10 @@ class SqliteStore(Database):
                 added, dropped = born.get(number, 0) - same, died.get(number, 0) - same
                 size += added - dropped
                 text = codec.decoded(message) if message.strip(b"\0") else ""
-                saved = number in priors and kind == "prior"
-                result.append(Version(number, when, kind, text, added, dropped, size, saved))
+                saved = priors.get(number) is not None and kind == "prior"
+                last = max((n for n in priors if n <= number), default=None)
+                held = last is not None and priors[last] is not None
+                result.append(Version(number, when, kind, text, added, dropped, size, saved, held))
             return result
 
     def diff(self, a: int, b: int) -> Diff:
