@@ -15,11 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, LowRank
-from .data import Examples, as_data, batches
+from .data import BATCH_SIZE, Examples, as_data, batches
 from .groups import NO_MEMBERS, Groups, Share
+from .jacobians import differentiating, residual
 from .jacobians import gradient as data_gradient
+from .likelihoods import Likelihood
 from .memory import Memory
-from .models import Inputs, Params, concat, evaluating, match, parameters, take
+from .models import (
+    Inputs,
+    Params,
+    concat,
+    device_of,
+    evaluating,
+    forward,
+    match,
+    move,
+    parameters,
+    take,
+)
 from .recall import Pass, Terms, by_head, each_of, evicted_curvature, fit_curvature, plus
 from .recipe import Recipe
 from .terms import MemoryTerm, WeightTerm
@@ -75,6 +88,12 @@ def forget(
             f"the {recipe.name} prior cannot forget single examples, since its kernels, its path "
             "or its learned vectors mix them; use a prior with a memory or a curvature, such as "
             "gradient_reconstruction"
+        )
+    if recipe.gradient == "carried" and len(beliefs) > 1:
+        raise ValueError(
+            f"the {recipe.name} prior takes each of its {len(beliefs)} tasks to be flat at its own "
+            "anchor, so its g does not hold the gradients of examples that should leave it; use a "
+            "prior whose gradient is 'stored' or 'anchored', such as online_ewc"
         )
     if on_indefinite not in get_args(OnIndefinite):
         raise ValueError(f"on_indefinite must be 'raise' or 'clip', got {on_indefinite!r}")
@@ -134,16 +153,9 @@ def forget(
         belief = 1.0
     with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
         slopes = [
-            data_gradient(
-                model,
-                (group.inputs, group.labels),
-                likelihood,
-                head=head,
-                weights=_in_gradient(group, beliefs),
-            )
+            _residual_slope(model, items, likelihood, _in_gradient(items, beliefs))
             for items in gone
-            if recipe.gradient != "none"
-            for group, head in by_head(items)
+            if recipe.gradient != "none" and len(items)
         ]
         if over is not None:
             excluded = rest if recipe.exclude_memory else others
@@ -463,6 +475,27 @@ def _of_task(
 def _in_gradient(items: Memory, beliefs: tuple[float, ...]) -> Tensor:
     """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself."""
     return each_of(beliefs, items) - items.hard_weight
+
+
+def _residual_slope(
+    model: nn.Module, items: Memory, likelihood: Likelihood, weights: Tensor
+) -> Params:
+    """sum_i w_i J_iᵀ r_i of remembered items, r_i = h(f*_i) - t(y_i) by the stored belief: that one
+    is in g, whatever the model says now (beliefs that are not refreshed, other outputs)."""
+    params = parameters(model)
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    for start in range(0, len(items), BATCH_SIZE):
+        rows = slice(start, start + BATCH_SIZE)
+        part = items[rows]
+        r = residual(likelihood, part.reference, part.labels, part.mask)
+        with differentiating(model):
+            f = forward(model, move(part.inputs, device_of(model)))
+            value = (f * (r * weights[rows].unsqueeze(1)).to(f)).sum()
+            grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        for n, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                total[n] = total[n] + grad
+    return total
 
 
 def _chosen(memory: Memory, task: int | None, ids: Tensor | None, where: Where | None) -> Tensor:
