@@ -432,6 +432,25 @@ def test_a_share_stays_while_its_items_do() -> None:
     assert float(big_g(last).abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_memory_and_curvature_both_hold_leaves_both(grouped: bool) -> None:
+    """By id, by data, and with its group: once."""
+    recipe = replace(KEEPS_SOME, exclude_memory=False)
+    groups = of(TASKS[0]) if grouped else None
+    model, prior = two_tasks(recipe, strengths=(2.0, 3.0), groups=groups)
+    ids = torch.tensor(origins(prior, 0)[:2])
+    by_id = prior.forget(model, ids=ids, task=0)
+    some = TASKS[0][ids]
+    torch.testing.assert_close(big_g(prior) - big_g(by_id), 2.0 * dense(model, some))
+    torch.testing.assert_close(big_g(prior.forget(model, some, task=0)), big_g(by_id))
+    if grouped:
+        k = of(TASKS[0])[ids[:1]]
+        torch.testing.assert_close(
+            big_g(prior.forget(model, ids=ids[:1], task=0).forget(model, groups=k)),
+            big_g(prior.forget(model, groups=k)),
+        )
+
+
 # ------------------------------------------------------------------ what g holds of an item
 
 

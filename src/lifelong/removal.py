@@ -158,12 +158,21 @@ def forget(
             if recipe.gradient != "none" and len(items)
         ]
         if over is not None:
-            excluded = rest if recipe.exclude_memory else others
             of = _groups_of(over, shares, rest, groups)
-            leaving = _shares(over, recipe, of, rest, excluded)
+            leaving = _shares(over, recipe, of, rest, rest)
             leaving = {k: share * belief for k, share in leaving.items()}
         elif whole is not None and shares is not None:
             leaving = {k: s for k, s in shares.shares.items() if k in whole}
+        if not recipe.exclude_memory and whole is None and weight is not None:
+            for items in gone:  # these are in G, too
+                belongs = torch.full_like(items.origin, -1) if shares is None else shares.of(items)
+                for k in belongs.unique().tolist():
+                    pair = (items.inputs, items.labels)
+                    reading = Pass(model, pair, likelihood)
+                    G = evicted_curvature(
+                        items.drop(belongs != k), _exact(recipe), reading, beliefs, strengths
+                    )
+                    leaving[k] = leaving.get(k, Share(0)) + Share(0, None, G)
     clipped = 0.0
     if weight is not None:
         changed, clipped = _without(weight, slopes, leaving, on_indefinite)
@@ -307,7 +316,7 @@ def _shares(
 ) -> dict[int, Share]:
     """What each group's examples put into g and G at the present weights; ids that are excluded
     count in neither, or in G alone."""
-    exact = recipe if recipe.estimator != "mc" else replace(recipe, estimator="exact")
+    exact = _exact(recipe)
     shares = {}
     for k in groups.unique().tolist():
         data = over.data if bool((groups == k).all()) else _rows(over, groups == k)
@@ -329,6 +338,10 @@ def _shares(
         if count or curvature is not None:
             shares[k] = Share(count, gradient, curvature)
     return shares
+
+
+def _exact(recipe: Recipe) -> Recipe:
+    return recipe if recipe.estimator != "mc" else replace(recipe, estimator="exact")
 
 
 def _evicted(
