@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lifelong
-from lifelong import Examples, Prior, Recipe, Regulariser
+from lifelong import Examples, Prior, Recipe, Regulariser, removal
+from lifelong.curvature import estimate
 from lifelong.errors import ClippedWarning, NotHeldWarning
 from lifelong.groups import Groups
+from lifelong.terms import MemoryTerm
 from lifelong.testing import cases, laws
 from lifelong.testing.cases import Case, Split
 
@@ -257,6 +259,268 @@ def test_groups_take_no_part_in_the_value():
     place = laws.moved(model, by=0.2, seed=4)
     grouped, plain = prior.update(model, data, groups=of(data)), prior.update(model, data)
     assert torch.equal(grouped(place), plain(place))
+
+
+# ------------------------------------------------------------------ ids, beliefs, strengths
+
+# The same ids in each task, as Examples have them unless told.
+TASKS = [replace(data, ids=torch.arange(len(data))) for data in GAUSSIAN.data]
+KEEPS_SOME = Recipe("t", structure="dense", memory=5, score="random", per_class=False)
+
+
+def two_tasks(
+    recipe: Recipe, *, strengths: tuple[float, ...] = (), **options: Any
+) -> tuple[nn.Module, Prior]:
+    """The linear-Gaussian case, two tasks whose ids are the same."""
+    prior = Prior(GAUSSIAN.likelihood, recipe, (Regulariser(0.5),))
+    model = GAUSSIAN.make_model(0)
+    for task, data in enumerate(TASKS[:2]):
+        if strengths:
+            prior = replace(prior, recipe=replace(recipe, strength=strengths[task]))
+        now = prior
+        model = laws.minimum(
+            model, lambda m, d=data, p=now: laws.nats(GAUSSIAN.likelihood, m, d) + p(m)
+        )
+        prior = prior.update(model, data, generator=torch.Generator().manual_seed(task), **options)
+    return model, prior
+
+
+def origins(prior: Prior, task: int) -> list[int]:
+    assert prior.memory is not None
+    return prior.memory.origin[prior.memory.task == task].tolist()
+
+
+def only_in(prior: Prior, task: int) -> Tensor:
+    """Ids that memory holds of this task alone."""
+    return torch.tensor(sorted(set(origins(prior, task)) - set(origins(prior, 1 - task))))
+
+
+def big_g(prior: Prior) -> Tensor:
+    assert prior.weight is not None
+    assert prior.weight.curvature is not None
+    return prior.weight.curvature.dense().matrix
+
+
+def test_an_id_counts_within_its_task() -> None:
+    """Ids of task 0 that memory holds of task 1 alone: what leaves is never the item of task 1."""
+    model, prior = two_tasks(KEEPS_SOME)
+    ids, first = only_in(prior, 1), TASKS[0]
+    with laws.untouched(model), pytest.raises(ValueError, match="say of which task the data are"):
+        prior.forget(model, first[ids])
+    relabelled = replace(TASKS[1], labels=TASKS[1].labels + 1)
+    with pytest.raises(ValueError, match="say of which task the data are"):
+        prior.forget(model, relabelled[ids])
+    left = prior.forget(model, first[ids], task=0)
+    assert origins(left, 1) == origins(prior, 1)
+    stays = torch.tensor([i for i in range(len(first)) if i not in ids])
+    batch = laws.retrained(GAUSSIAN, model, Regulariser(0.5), first[stays], TASKS[1])
+    assert laws.distance(laws.weights(laws.minimum(model, left)), laws.weights(batch)) < 1e-9
+
+
+def test_the_same_examples_need_no_task() -> None:
+    """Inputs and labels tell as well; also in a dict, and in another dtype."""
+    model, prior = two_tasks(KEEPS_SOME)
+    mine = TASKS[1][only_in(prior, 1)]
+    place = laws.moved(model, by=0.2, seed=4)
+    truth = prior.forget(model, mine, task=1)(place)
+    assert torch.equal(prior.forget(model, mine)(place), truth)
+    single = replace(mine, inputs=mine.inputs.float())  # type: ignore[union-attr]
+    rounded = replace(prior, terms=tuple(_rounded(t) for t in prior.terms))
+    assert len(origins(rounded.forget(model, single), 1)) == 5 - len(mine)
+    pair = {"x": torch.ones(2, 3), "n": torch.arange(2)}
+    assert removal._equal(pair, {"n": torch.arange(2), "x": torch.ones(2, 3).double()})
+    assert not removal._equal(pair, {**pair, "n": torch.arange(2) + 1})
+    assert not removal._equal(pair, {"x": pair["x"]})
+    assert not removal._equal(pair["x"], pair)
+
+
+def _rounded(term: Any) -> Any:
+    if not isinstance(term, MemoryTerm):
+        return term
+    inputs: Any = term.memory.inputs
+    return replace(term, memory=replace(term.memory, inputs=inputs.float().double()))
+
+
+@pytest.mark.parametrize("population", [False, True])
+@pytest.mark.parametrize("soft", [1.0, 0.0])
+def test_what_is_believed_less_leaves_as_much_less(population: bool, soft: float) -> None:
+    """Discount or multiply, then forget = forget, then discount or multiply: of items in memory
+    and of the others."""
+    recipe = replace(KEEPS_SOME, population=population, soft=soft, hard=1.0 - soft)
+    model, prior = two_tasks(recipe)
+    place = laws.moved(model, by=0.2, seed=4)
+    some = TASKS[0][torch.tensor(origins(prior, 0)[:2] + _unseen(prior)[:3])]
+    for less in (lambda p: p.discount(0.5), lambda p: 3 * p, lambda p: 0.5 * p.discount(0.25)):
+        a = less(prior).forget(model, some, task=0)
+        b = less(prior.forget(model, some, task=0))
+        torch.testing.assert_close(a(place), b(place))
+        torch.testing.assert_close(big_g(a), big_g(b))
+        assert a.beliefs == b.beliefs
+
+
+def _unseen(prior: Prior) -> list[int]:
+    return [i for i in range(len(TASKS[0])) if i not in origins(prior, 0)]
+
+
+@pytest.mark.parametrize("total", [False, True])
+def test_an_old_task_is_forgotten_as_it_is_believed(total: bool, tmp_path: Path) -> None:
+    """By its data as by its groups, where each task discounts those before."""
+    groups = of(TASKS[0])
+    recipe = replace(KEEPS_SOME, discount=0.5, total=total)
+    model, prior = two_tasks(recipe, groups=groups)
+    assert prior.beliefs == (0.5, 1.0)
+    assert Prior.load(prior.save(tmp_path / "p.safetensors")).beliefs == (0.5, 1.0)
+    place = laws.moved(model, by=0.2, seed=4)
+    which = (groups == 1).nonzero().squeeze(1)
+    by_data = prior
+    for task in (0, 1):
+        data = TASKS[task][which]
+        by_data = by_data.forget(model, data, task=task, groups=groups[which])
+    torch.testing.assert_close(by_data(place), prior.forget(model, groups=[1])(place))
+    plain = replace(prior, terms=tuple(_ungrouped(t) for t in prior.terms))
+    some = TASKS[1][
+        torch.tensor([i for i in range(len(TASKS[1])) if i not in origins(prior, 1)])[:1]
+    ]
+    with pytest.raises(ValueError, match=r"believed \(0.5, 1.0\) times.* say which by task="):
+        plain.forget(model, replace(some, ids=some.ids + 100))
+    with pytest.raises(ValueError, match="one of the 2 that were learned, got 2"):
+        plain.forget(model, replace(some, ids=some.ids + 100), task=2)
+
+
+def test_each_task_leaves_at_its_own_strength() -> None:
+    """Also what its memory held before it was evicted."""
+    recipe = replace(KEEPS_SOME, total=True)
+    model, prior = two_tasks(recipe, strengths=(2.0, 3.0))
+    assert prior.strengths == (2.0, 3.0)
+    parts = [TASKS[t][torch.tensor(origins(prior, t))] for t in (0, 1)]
+    whole = [2.0 * dense(model, TASKS[0]), 3.0 * dense(model, TASKS[1])]
+    held = 2.0 * dense(model, parts[0]) + 3.0 * dense(model, parts[1])
+    torch.testing.assert_close(big_g(prior), whole[0] + whole[1] - held)
+    left = prior.forget(model, TASKS[0], task=0)
+    torch.testing.assert_close(big_g(left), whole[1] - 3.0 * dense(model, parts[1]))
+    fresh = replace(TASKS[0], ids=TASKS[0].ids + 100)
+    with pytest.raises(ValueError, match=r"at the strengths \(2.0, 3.0\).* say which by task="):
+        prior.forget(model, fresh)
+
+
+def dense(model: nn.Module, data: Examples) -> Tensor:
+    if not len(data):
+        return torch.zeros(())
+    return estimate(model, data, GAUSSIAN.likelihood, structure="dense").dense().matrix
+
+
+def test_tasks_of_a_sum_are_told_apart() -> None:
+    """The second prior's tasks come after the first one's, in memory and in groups."""
+    parts = []
+    for seed in (0, 1):
+        prior = Prior(GAUSSIAN.likelihood, KEEPS_SOME, (Regulariser(0.5),))
+        data, model = TASKS[seed], GAUSSIAN.make_model(seed)
+        groups, generator = of(data) + 10 * seed, torch.Generator().manual_seed(seed)
+        parts.append(prior.update(model, data, groups=groups, generator=generator))
+    both = 0.5 * parts[0] + parts[1]
+    assert both.num_tasks == 2
+    assert both.beliefs == (0.5, 1.0)
+    assert origins(both, 0) == origins(parts[0], 0)
+    assert origins(both, 1) == origins(parts[1], 0)
+    data, model = TASKS[2], GAUSSIAN.make_model(2)
+    after = both.update(model, data, groups=of(data), generator=torch.Generator().manual_seed(2))
+    assert after.memory is not None
+    assert after.weight is not None
+    assert after.weight.groups is not None
+    assert after.memory.task.unique().tolist() == [0, 1, 2]
+    found = after.weight.groups.of(after.memory)
+    for task, part in enumerate(parts):
+        old = of(TASKS[task]) + 10 * task
+        assert torch.equal(found[after.memory.task == task], old[origins(part, 0)])
+    left = after.forget(model, task=1)
+    assert origins(left, 0) == origins(after, 0)
+    assert origins(left, 1) == []
+    fromp = lifelong.fromp(GLMS["multinomial"].likelihood, memory=4)
+    kernels = fromp.update(GLMS["multinomial"].make_model(0), GLMS["multinomial"].data[0])
+    assert (kernels + kernels).memory.task.unique().tolist() == [0, 1]  # type: ignore[union-attr]
+
+
+def test_items_are_of_the_task_that_is_learned() -> None:
+    case, model = GAUSSIAN, GAUSSIAN.make_model(0)
+    prior = Prior(case.likelihood, KEEPS_SOME, (Regulariser(0.5),))
+    for data in TASKS[:2]:
+        items = lifelong.memorise(model, data, case.likelihood, budget=3, score="random")
+        prior = prior.recall(model, data, items)
+    assert prior.memory is not None
+    assert prior.memory.task.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_share_stays_while_its_items_do() -> None:
+    """With G of the remembered examples too, a group that is all in memory has a share of none."""
+    case = GLMS["multinomial"]
+    recipe = Recipe("t", structure="dense", memory=None, exclude_memory=False)
+    prior, data = Prior(case.likelihood, recipe, (Regulariser(0.5),)), case.data[0]
+    model = case.make_model(0)
+    after = prior.update(model, data, groups=of(data))
+    in_turn = after.forget(model, groups=[0]).forget(model, groups=[1])
+    torch.testing.assert_close(big_g(in_turn), big_g(after.forget(model, groups=[0, 1])))
+    last = in_turn.forget(model, groups=[2])
+    assert float(big_g(last).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_memory_and_curvature_both_hold_leaves_both(grouped: bool) -> None:
+    """By id, by data, and with its group: once."""
+    recipe = replace(KEEPS_SOME, exclude_memory=False)
+    groups = of(TASKS[0]) if grouped else None
+    model, prior = two_tasks(recipe, strengths=(2.0, 3.0), groups=groups)
+    ids = torch.tensor(origins(prior, 0)[:2])
+    by_id = prior.forget(model, ids=ids, task=0)
+    some = TASKS[0][ids]
+    torch.testing.assert_close(big_g(prior) - big_g(by_id), 2.0 * dense(model, some))
+    torch.testing.assert_close(big_g(prior.forget(model, some, task=0)), big_g(by_id))
+    if grouped:
+        k = of(TASKS[0])[ids[:1]]
+        torch.testing.assert_close(
+            big_g(prior.forget(model, ids=ids[:1], task=0).forget(model, groups=k)),
+            big_g(prior.forget(model, groups=k)),
+        )
+
+
+# ------------------------------------------------------------------ what g holds of an item
+
+
+@pytest.mark.parametrize("memory", [5, None])
+@pytest.mark.parametrize("gradient", ["stored", "stationary"])
+def test_a_belief_that_is_not_asked_again_leaves_as_it_was(memory: Any, gradient: Any) -> None:
+    recipe = replace(KEEPS_SOME, memory=memory, refresh=False, gradient=gradient)
+    model, prior = two_tasks(recipe)
+    ids = torch.tensor(origins(prior, 0)[:3])
+    stays = torch.tensor([i for i in range(len(TASKS[0])) if i not in ids])
+    left = prior.forget(model, ids=ids, task=0)
+    first, second = TASKS[0][stays], TASKS[1]
+    batch = laws.retrained(GAUSSIAN, model, Regulariser(0.5), first, second)
+    assert laws.distance(laws.weights(laws.minimum(model, left)), laws.weights(batch)) < 1e-9
+
+
+def test_a_new_class_does_not_change_what_leaves() -> None:
+    """Grow the head, then forget = forget, then grow: at any weights."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    data = Examples(x, torch.arange(30) % 3)
+    torch.manual_seed(0)
+    small, wide = nn.Linear(4, 3).double(), nn.Linear(4, 4).double()
+    prior = lifelong.kprior(lifelong.Categorical(), memory=10, precision=0.5)
+    after = prior.update(small, data, generator=generator)
+    ids = after.memory.origin[:4]  # type: ignore[union-attr]
+    a = after.grow(wide).forget(wide, ids=ids)
+    b = after.forget(small, ids=ids).grow(wide)
+    place = laws.moved(wide, by=0.2, seed=4)
+    torch.testing.assert_close(a(place), b(place))
+
+
+def test_quadratics_of_several_anchors_forget_nothing() -> None:
+    case = NETWORKS["mlp Categorical"]
+    model, prior = case.make_model(0), lifelong.ewc(case.likelihood)
+    for data in case.data[:2]:
+        prior = prior.update(model, data)
+    with pytest.raises(ValueError, match="each of its 2 tasks to be flat at its own anchor"):
+        prior.forget(model, case.data[1][:2], task=1)
 
 
 # ------------------------------------------------------------------ by a property

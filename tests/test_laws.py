@@ -521,7 +521,8 @@ def test_no_call_changes_the_model_or_the_random_state(preset: str) -> None:
             prior.replace(regulariser=Regulariser(2.0)), prior.discount(0.5), 0.5 * prior
             prior.transfer(model), prior.grow(model), prior.to(dtype=torch.float32)
             prior.state_dict()
-            if preset in FORGETS and len(data) > 4:
+            told = preset != "ewc" or prior.num_tasks == 1  # it tells tasks' anchors apart no more
+            if preset in FORGETS and len(data) > 4 and told:
                 prior.forget(model, data[:2], task=prior.num_tasks - 1)
     model.eval()
     with laws.untouched(model):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lifelong
 from lifelong import (
@@ -26,7 +27,9 @@ from lifelong import (
     split_by_class,
 )
 from lifelong.learner import CHECKPOINT, Progress, adam
+from lifelong.memory import _ROWS as MEMORY_ROWS
 from lifelong.streams import Task
+from lifelong.terms import MemoryTerm
 from lifelong.testing import laws
 from lifelong.testing.cases import Case
 
@@ -156,6 +159,21 @@ def test_separate_forgets_nothing_and_joint_learns_all():
     separate = learner("separate", epochs=20).run(stream())
     assert torch.equal(separate.values[2], separate.values.diagonal())
     assert learner("joint", epochs=20).run(stream()).average_accuracy > 0.9
+
+
+def test_the_joint_pool_lies_where_the_data_lie():
+    """Data in main memory, a memory on the device: without a device, so with tensors of none."""
+    data = clouds()
+    prior = lifelong.joint(Categorical()).update(mlp(), data)
+    learner = Learner(mlp(), prior)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (term,) = (t for t in prior.terms if isinstance(t, MemoryTerm))
+        rows = {n: torch.empty_like(getattr(term.memory, n), device="cuda") for n in MEMORY_ROWS}
+        held = replace(term, memory=replace(term.memory, **rows))
+        learner.prior = replace(prior, terms=(held,))
+        memory = learner._pool(data).memory
+        assert {str(getattr(memory, name).device) for name in MEMORY_ROWS} == {"cpu"}
+        assert len(memory) == 2 * len(data)
 
 
 def test_separate_starts_each_task_afresh():

@@ -504,8 +504,8 @@ class Learner:
                         generator=self.generator,
                     )
                 else:
-                    drawn = pool.memory[index]
-                    f = forward(self.model, move(drawn.inputs, device))
+                    drawn = pool.memory[index].to(device)
+                    f = forward(self.model, drawn.inputs)
                     nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
                     loss = nats / len(index) + prior.weight_space(self.model) / count
             if not torch.isfinite(loss):
@@ -531,10 +531,11 @@ class Learner:
     def _pool(self, data: Examples) -> MemoryTerm:
         """All examples so far, each under its own head: what joint training trains on."""
         batch = data.batch(slice(None))
-        blank = torch.zeros(rows(batch.inputs), self._output_of_one(data).shape[1])
+        place = batch.labels.device  # of the whole pool; what is drawn is moved
+        blank = torch.zeros(rows(batch.inputs), self._output_of_one(data).shape[1], device=place)
         items = remember(batch, blank, head=data.head).weighted(0.0, 1.0)
         old = self.prior.memory
-        return MemoryTerm(items if old is None else old.add(items))
+        return MemoryTerm(items if old is None else old.to(place).add(items.to(place)))
 
     @property
     def _device(self) -> torch.device:

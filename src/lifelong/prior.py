@@ -597,7 +597,11 @@ class Prior:
         their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
         which is unbounded below).
         task, ids, where: which ones; all of them must hold, and they are enough where all are in
-        memory. where: memory -> (M,) bool, such as ``lambda memory: memory.labels == 3``.
+        memory. where: memory -> (M,) bool, such as ``lambda memory: memory.labels == 3``. Without
+        data only what is in memory leaves: ``task=0`` alone takes the items of task 0, and its
+        other examples stay in g and G (``num_data`` counts what left).
+        An id counts within its task, and each task has its own strength and belief. With data and
+        several tasks, ``task`` may be left out only where neither makes a difference.
         With both data and ids, only those of the data that have one of the ids are taken out.
         groups: whole groups by number, whose shares ``update(..., groups=)`` kept: without data,
         seen or not. Beside data: (N,), the group of each, and the shares shrink by them; a prior
@@ -609,10 +613,12 @@ class Prior:
 
         Warns with NotHeldWarning where some examples are in no part of the prior: replay alone
         keeps no gradient or curvature of what is not in memory, so nothing of it can leave.
-        Raises ValueError where all are, for examples that are neither given nor remembered, for ids
-        that are remembered of several tasks where ``task`` does not say which, for groups that are
-        not known (so also for one forgotten twice), for priors that mix their examples (kernels,
-        path integrals) or their anchors (sums), and where G would turn indefinite.
+        Raises ValueError where all are; for examples that are neither given nor remembered; where
+        ``task`` does not say which, for ids that are remembered of several tasks or with other
+        inputs or labels than those given, and for data not in memory where the tasks' ``strengths``
+        or ``beliefs`` differ; for a task that was not learned, for groups that are not known (so
+        also for one forgotten twice), for priors that mix their examples (kernels, path integrals)
+        or their anchors (sums; offline EWC of several tasks), and where G would turn indefinite.
         """
         found = self._removal(
             model,

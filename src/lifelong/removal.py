@@ -16,12 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, LowRank
-from .data import Examples, as_data, batches
+from .data import BATCH_SIZE, Examples, as_data, batches
 from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
+from .jacobians import differentiating, residual
 from .jacobians import gradient as data_gradient
+from .likelihoods import Likelihood
 from .memory import Memory
-from .models import Inputs, Params, concat, evaluating, match, parameters, take
+from .models import (
+    Inputs,
+    Params,
+    concat,
+    device_of,
+    evaluating,
+    forward,
+    match,
+    move,
+    parameters,
+    take,
+)
 from .recall import Pass, Terms, by_head, each_of, evicted_curvature, fit_curvature, plus
 from .recipe import Recipe
 from .terms import MemoryTerm, WeightTerm
@@ -85,6 +98,12 @@ def forget(
             "or its learned vectors mix them; use a prior with a memory or a curvature, such as "
             "gradient_reconstruction"
         )
+    if recipe.gradient == "carried" and len(beliefs) > 1:
+        raise ValueError(
+            f"the {recipe.name} prior takes each of its {len(beliefs)} tasks to be flat at its own "
+            "anchor, so its g does not hold the gradients of examples that should leave it; use a "
+            "prior whose gradient is 'stored' or 'anchored', such as online_ewc"
+        )
     if on_indefinite not in get_args(OnIndefinite):
         raise ValueError(f"on_indefinite must be 'raise' or 'clip', got {on_indefinite!r}")
     weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
@@ -143,24 +162,26 @@ def forget(
         belief = 1.0
     with _at_anchor(model, None if weight is None else weight.anchor), evaluating(model):
         slopes = [
-            data_gradient(
-                model,
-                (group.inputs, group.labels),
-                likelihood,
-                head=head,
-                weights=_in_gradient(group, beliefs),
-            )
+            _residual_slope(model, items, likelihood, _in_gradient(items, beliefs))
             for items in gone
-            if recipe.gradient != "none"
-            for group, head in by_head(items)
+            if recipe.gradient != "none" and len(items)
         ]
         if over is not None:
-            excluded = rest if recipe.exclude_memory else others
             of = _groups_of(over, shares, rest, groups)
-            leaving = _shares(over, recipe, of, rest, excluded)
+            leaving = _shares(over, recipe, of, rest, rest)
             leaving = {k: share * belief for k, share in leaving.items()}
         elif whole is not None and shares is not None:
             leaving = {k: s for k, s in shares.shares.items() if k in whole}
+        if not recipe.exclude_memory and whole is None and weight is not None:
+            for items in gone:  # these are in G, too
+                belongs = torch.full_like(items.origin, -1) if shares is None else shares.of(items)
+                for k in belongs.unique().tolist():
+                    pair = (items.inputs, items.labels)
+                    reading = Pass(model, pair, likelihood)
+                    G = evicted_curvature(
+                        items.drop(belongs != k), _exact(recipe), reading, beliefs, strengths
+                    )
+                    leaving[k] = leaving.get(k, Share(0)) + Share(0, None, G)
     held = {k: s for k, s in leaving.items() if _is_held(s, weight)}
     counted = sum(share.count for share in held.values())
     not_held = sum(share.count for share in leaving.values()) - counted
@@ -329,7 +350,7 @@ def _shares(
 ) -> dict[int, Share]:
     """What each group's examples put into g and G at the present weights; ids that are excluded
     count in neither, or in G alone."""
-    exact = recipe if recipe.estimator != "mc" else replace(recipe, estimator="exact")
+    exact = _exact(recipe)
     shares = {}
     for k in groups.unique().tolist():
         data = over.data if bool((groups == k).all()) else _rows(over, groups == k)
@@ -351,6 +372,10 @@ def _shares(
         if count or curvature is not None:
             shares[k] = Share(count, gradient, curvature)
     return shares
+
+
+def _exact(recipe: Recipe) -> Recipe:
+    return recipe if recipe.estimator != "mc" else replace(recipe, estimator="exact")
 
 
 def _evicted(
@@ -497,6 +522,27 @@ def _of_task(
 def _in_gradient(items: Memory, beliefs: tuple[float, ...]) -> Tensor:
     """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself."""
     return each_of(beliefs, items) - items.hard_weight
+
+
+def _residual_slope(
+    model: nn.Module, items: Memory, likelihood: Likelihood, weights: Tensor
+) -> Params:
+    """sum_i w_i J_iᵀ r_i of remembered items, r_i = h(f*_i) - t(y_i) by the stored belief: that one
+    is in g, whatever the model says now (beliefs that are not refreshed, other outputs)."""
+    params = parameters(model)
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    for start in range(0, len(items), BATCH_SIZE):
+        rows = slice(start, start + BATCH_SIZE)
+        part = items[rows]
+        r = residual(likelihood, part.reference, part.labels, part.mask)
+        with differentiating(model):
+            f = forward(model, move(part.inputs, device_of(model)))
+            value = (f * (r * weights[rows].unsqueeze(1)).to(f)).sum()
+            grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        for n, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                total[n] = total[n] + grad
+    return total
 
 
 def _chosen(memory: Memory, task: int | None, ids: Tensor | None, where: Where | None) -> Tensor:
