@@ -80,7 +80,9 @@ class Recipe:
         memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none. Or bytes,
             "20MB", which never holds more; or ``Fidelity(0.95)``, as few of each task as reach it.
         score, per_class, descending: which ones (``identify``; also "k_centre").
-        population: an item stands for N / M examples, not only for itself; a kernel for N.
+        population: an item stands for N / M examples, not only for itself; a kernel for N. Drawn at
+            random, as many of each class, N and M are those of its class. In a ``total`` memory
+            the items that stay stand for those that leave, as strongly as they were believed.
         soft, hard: how much an item counts by its soft and by its true label.
         replay_fraction: this part of the new items is kept by its true label alone.
         divergence: of soft labels. refresh: ask the model again after each task.
