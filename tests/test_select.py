@@ -112,6 +112,16 @@ def test_k_centre_needs_a_start_that_exists():
         select.k_centre(torch.ones(3, 1), 2, start=3)
 
 
+@given(st.lists(st.integers(-1, 4), max_size=30), st.integers(0, 30))
+def test_what_is_kept_represents_all_and_each_class_its_own(labels: list[int], k: int) -> None:
+    kept = labels[:k]
+    found = select.represented(torch.tensor(kept).long(), torch.tensor(labels).long())
+    by_hand = [labels.count(c) / kept.count(c) for c in kept]
+    missed = len(labels) / max(1, sum(labels.count(c) for c in set(kept)))
+    assert found.tolist() == pytest.approx([n * missed for n in by_hand])
+    assert found.sum() == pytest.approx(len(labels) if kept else 0)
+
+
 def items(ids: Tensor, task: int) -> Memory:
     labels = torch.zeros(len(ids), dtype=torch.int64)
     return remember(Batch(ids.unsqueeze(1), labels, ids), torch.zeros(len(ids), 2), task=task)

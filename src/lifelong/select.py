@@ -55,11 +55,12 @@ def represented(
     For memories drawn at random, as many of each class: with N / M rare classes would count more.
     The examples of classes of which none is kept are shared out in proportion.
     """
-    classes, counts = kept.unique(return_counts=True)
-    place = torch.searchsorted(classes, every.to(classes)).clamp(max=max(0, len(classes) - 1))
-    found = torch.bincount(place[classes[place] == every.to(classes)], minlength=len(classes))
-    each = found.double() / counts
-    return (each * (len(every) / found.sum()))[torch.searchsorted(classes, kept)]
+    if len(kept) == 0:
+        return torch.zeros(0, dtype=torch.float64, device=kept.device)
+    classes, index, counts = kept.unique(return_inverse=True, return_counts=True)
+    place = torch.searchsorted(classes, every).clamp(max=len(classes) - 1)
+    found = torch.bincount(place[classes[place] == every], minlength=len(classes)).double()
+    return (found / counts * (len(every) / found.sum()))[index]
 
 
 def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Tensor:
