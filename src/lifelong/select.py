@@ -38,12 +38,34 @@ def per_class(
     divide k or a class is small, go to the best of the remaining scores.
     """
     _require_size(k)
+    return ranking(scores, labels, descending=descending).first(k)
+
+
+class Ranking(NamedTuple):
+    """What ``top_k`` and ``per_class`` choose from, for every k at once.
+
+    order (N,): the indices, best first; rank (N,): how many of its own class are before each of
+    them; None where classes do not matter.
+    """
+
+    order: Tensor
+    rank: Tensor | None
+    num_classes: int
+
+    def first(self, k: int) -> Tensor:
+        """(min(k, N),) int64: those within their class's quota first, each group by score."""
+        if self.rank is None:
+            return self.order[:k]
+        within = self.rank < k // self.num_classes
+        return torch.cat([self.order[within], self.order[~within]])[:k]
+
+
+def ranking(scores: Tensor, labels: Tensor | None, *, descending: bool = True) -> Ranking:
+    """Of scores (N,), within the classes of labels (N,) where there are some."""
     order = top_k(scores, len(scores), descending=descending)
-    rank = _rank_within(labels[order])
-    num_classes = max(1, len(torch.unique(labels)))
-    # Those within their class's quota first, each group by score: a stable sort on one bit.
-    first = torch.sort((rank >= k // num_classes).to(torch.uint8), stable=True).indices
-    return order[first[:k]]
+    if labels is None:
+        return Ranking(order, None, 1)
+    return Ranking(order, _rank_within(labels[order]), max(1, len(torch.unique(labels))))
 
 
 def represented(
