@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from benchmarks import adaptation_page as page
 
 RECORDS = sorted((page.HERE / "results").glob("????-??-??_adaptation"))

@@ -478,7 +478,7 @@ def test_weight_decay_is_a_precision() -> None:
         (lifelong.online_ewc(CATEGORICAL), True),
         (lifelong.kprior(CATEGORICAL, memory=8, precision=0.0), True),
         (lifelong.fromp(CATEGORICAL, memory=8), False),
-        (lifelong.experience_replay(CATEGORICAL, memory=100), False),
+        (lifelong.experience_replay(CATEGORICAL, memory=100), True),
     ],
     ids=lambda p: p.recipe.name if isinstance(p, lifelong.Prior) else str(p),
 )

@@ -413,6 +413,7 @@ def test_the_curve_weighs_items_as_the_prior_does(balanced, score):
         ids = items.origin[:, None] == data.ids[None]
         kept = ids.nonzero()[:, 1]  # the probes draw too, so that other items are at random
         assert torch.allclose(items.soft_weight, probed._stands_for(kept))
+        assert probed.value(0) == pytest.approx(0)
         of_prior = replace(probed, scores=-ids.any(0).double(), descending=False)
         carried = (items.soft_weight[:, None, None] * probed.items[kept]).sum(0)
         total = probed.whole.sum(0)

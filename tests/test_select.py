@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lifelong import Bernoulli, Categorical, Recipe, select
+from lifelong import Bernoulli, Categorical, Examples, Prior, Recipe, select
 from lifelong.data import Batch
 from lifelong.memory import Memory, remember
 from lifelong.recall import merge
@@ -112,6 +112,16 @@ def test_k_centre_needs_a_start_that_exists():
         select.k_centre(torch.ones(3, 1), 2, start=3)
 
 
+@given(st.lists(st.integers(-1, 4), max_size=30), st.integers(0, 30))
+def test_what_is_kept_represents_all_and_each_class_its_own(labels: list[int], k: int) -> None:
+    kept = labels[:k]
+    found = select.represented(torch.tensor(kept).long(), torch.tensor(labels).long())
+    by_hand = [labels.count(c) / kept.count(c) for c in kept]
+    missed = len(labels) / max(1, sum(labels.count(c) for c in set(kept)))
+    assert found.tolist() == pytest.approx([n * missed for n in by_hand])
+    assert found.sum() == pytest.approx(len(labels) if kept else 0)
+
+
 def items(ids: Tensor, task: int) -> Memory:
     labels = torch.zeros(len(ids), dtype=torch.int64)
     return remember(Batch(ids.unsqueeze(1), labels, ids), torch.zeros(len(ids), 2), task=task)
@@ -123,7 +133,7 @@ def reservoir(sizes: list[int], memory: int, generator: torch.Generator) -> Memo
     held, seen = None, 0
     for task, size in enumerate(sizes):
         ids = torch.randperm(size, generator=generator)[: min(memory, size)] + seen
-        new = items(ids, task)
+        new = items(ids, task).scaled(size / len(ids))
         held = merge(held, new, recipe, seen, size, Categorical(), generator).held
         seen += size
     assert held is not None
@@ -148,7 +158,73 @@ def test_a_reservoir_holds_every_example_of_the_stream_equally_often():
 
 def test_the_items_of_a_reservoir_stand_for_all_that_was_seen():
     held = reservoir([30, 50], 10, torch.Generator().manual_seed(0))
-    assert held.soft_weight.sum() == 80
+    assert held.soft_weight.tolist() == [8.0] * 10
+
+
+def in_total(counts: list[list[int]], recipe: Recipe, seed: int = 0) -> Memory:
+    """The memory of a prior that learned tasks of so many examples of each class."""
+    net = torch.nn.Linear(1, max(len(c) for c in counts)).double()
+    prior, generator = Prior(Categorical(), recipe), torch.Generator().manual_seed(seed)
+    for task in counts:
+        labels = torch.arange(len(task)).repeat_interleave(torch.tensor(task))
+        inputs = torch.randn(len(labels), 1, generator=generator, dtype=torch.float64)
+        prior = prior.update(net, Examples(inputs, labels), generator=generator)
+    assert prior.memory is not None
+    return prior.memory
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=3, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.sampled_from([1.0, 0.5]),
+    st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_a_balanced_total_memory_stands_for_as_many_of_each_class(
+    counts: list[list[int]], memory: int, discount: float, seed: int
+) -> None:
+    """Of all classes together where it has no place for some; with the shares of each label."""
+    recipe = Recipe(
+        memory=memory, total=True, score="random", population=True, gradient="none",
+        discount=discount, soft=0.25, hard=0.75,
+    )  # fmt: skip
+    held = in_total(counts, recipe, seed)
+    age = torch.arange(len(counts) - 1, -1, -1, dtype=torch.float64)
+    believed = (torch.tensor(counts) * discount ** age[:, None]).sum(0)
+    stands_for = held.soft_weight + held.hard_weight
+    found = torch.bincount(held.labels, stands_for, minlength=3)
+    if memory >= 3:
+        torch.testing.assert_close(found, believed)
+    torch.testing.assert_close(found.sum(), believed.sum())
+    torch.testing.assert_close(held.soft_weight, 0.25 * stands_for)
+
+
+@pytest.mark.parametrize("score", ["random", "lambda"])
+def test_a_past_that_was_discounted_stays_so_in_a_total_memory(score: str) -> None:
+    recipe = Recipe(
+        memory=20, total=True, score=score, per_class=False, population=True, gradient="none",
+        discount=0.5,
+    )  # fmt: skip
+    for tasks, total in (2, 60 / 2 + 90), (3, 60 / 4 + 90 / 2 + 60):
+        held = in_total([[30, 30], [30, 60], [60, 0]][:tasks], recipe)
+        assert held.soft_weight.sum() == pytest.approx(total)
+        old, new = (held.soft_weight[held.task == task] for task in (0, 1))
+        assert len(old) > 1 < len(new)
+        assert old.tolist() == pytest.approx([float(new[0]) / 2] * len(old))
+        assert new.tolist() == pytest.approx([float(new[0])] * len(new))
+
+
+def test_items_kept_by_their_true_label_stay_so_in_a_total_memory() -> None:
+    recipe = Recipe(
+        memory=20, total=True, score="random", per_class=False, population=True, gradient="none",
+        replay_fraction=0.5,
+    )  # fmt: skip
+    held = in_total([[30, 30]], recipe)
+    assert int((held.hard_weight > 0).sum()) == 10
+    held = in_total([[30, 30], [20, 20]], recipe)
+    assert bool(((held.hard_weight > 0) != (held.soft_weight > 0)).all())
+    assert 0 < int((held.hard_weight > 0).sum()) < 20
+    torch.testing.assert_close(held.hard_weight + held.soft_weight, torch.full((20,), 5.0).double())
 
 
 def test_several_labels_for_each_example_are_not_balanced():

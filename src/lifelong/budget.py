@@ -34,6 +34,9 @@ _EXPECTED = (
 class Fidelity:
     """As few examples as reach this fidelity; 1 is the past itself, 0 no memory of it.
 
+    Near the anchor, by the curve (``curve.py``); for strength="auto" at a strength of 1. A larger
+    one that is found for the way back to where learning began is less faithful near the anchor.
+
     Raises ValueError for a target outside of (0, 1].
     """
 

@@ -99,9 +99,11 @@ class Probed:
 
     def chosen(self, m: int) -> Tensor:
         """(m,) positions of the examples that a memory of m keeps."""
-        if self.labels is None:
-            return select.top_k(self.scores, m, descending=self.descending)
-        return select.per_class(self.scores, self.labels, m, descending=self.descending)
+        return self._ranking.first(m)
+
+    @cached_property
+    def _ranking(self) -> select.Ranking:
+        return select.ranking(self.scores, self.labels, descending=self.descending)
 
     def value(self, m: int) -> float:
         """Fidelity of a memory of m examples."""
@@ -113,8 +115,11 @@ class Probed:
                 weights = torch.zeros(n, dtype=torch.float64)
                 weights[kept] = 1.0
                 carried = carried - self.rest(weights)
-        total = self.whole.sum(0)
-        return 1.0 - _off_diagonal(carried - total) / _off_diagonal(total)
+        return 1.0 - _off_diagonal(carried - self._total) / _off_diagonal(self._total)
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return self.whole.sum(0)
 
     def _stands_for(self, kept: Tensor) -> Tensor:
         """(m,) as ``Prior.memorise`` weighs the items."""

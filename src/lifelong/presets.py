@@ -316,7 +316,8 @@ def experience_replay(
 ) -> Prior:
     r"""Replay of true labels: strength · (N / M) sum_memory l(y, f), N all past examples.
 
-    memory: examples in all, by reservoir sampling (Rolnick 2019) or ``balanced`` over classes;
+    memory: examples in all, by reservoir sampling (Rolnick 2019) or ``balanced`` over classes, each
+    then with its own N / M, so that a rare class counts no more than it occurred;
     total=False keeps that many of each task. Departs from online replay: the reservoir is drawn
     once a task has been learned, with the same law.
     """

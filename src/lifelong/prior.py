@@ -396,7 +396,7 @@ class Prior:
             batch_size=batch_size,
         )
         stands_for = torch.ones_like(items.soft_weight)
-        if recipe.population and not recipe.total:
+        if recipe.population:
             stands_for = _population(items, data, available, recipe)
         soft, hard = recipe.soft * stands_for, recipe.hard * stands_for
         if recipe.replay_fraction:

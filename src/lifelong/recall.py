@@ -71,7 +71,8 @@ def merge(
     """The old memory and the new items, within the recipe's bounds.
 
     seen, new: how many examples came before and with this task: a total memory that is a
-    reservoir holds each of them with the same probability.
+    reservoir holds each of them with the same probability. Where items stand for a population,
+    those that stay stand for the evicted ones too.
     """
     evicted, survivors = None, 0 if old is None else len(old)
     if items is None or old is None:
@@ -79,11 +80,10 @@ def merge(
     elif recipe.total and recipe.memory is not None:
         held, evicted = _bounded(old, items, recipe, seen, new, likelihood, generator)
         survivors -= len(evicted)
+        if recipe.population and len(held) < len(old) + len(items):
+            held = _for_all(held, survivors, old, items, recipe, seen, new)
     else:
         held = old.add(items)
-    if held is not None and recipe.total and recipe.population:
-        each = (seen + new) / len(held)
-        held = held.weighted(recipe.soft * each, recipe.hard * each)
     return Merged(
         held,
         held[survivors:] if held is not None and len(held) > survivors else None,
@@ -157,6 +157,39 @@ def _bounded(
     kept = torch.zeros(len(both), dtype=torch.bool, device=both.labels.device)
     kept[chosen] = True
     return both.drop(~kept), old.drop(kept[: len(old)])
+
+
+def _for_all(
+    held: Memory, survivors: int, old: Memory, items: Memory, recipe: Recipe, seen: int, new: int
+) -> Memory:
+    """The items that stay, as heavy together as ``old`` and ``items`` were: of each class, where
+    as many of each are kept at random, so that a past that was discounted stays so.
+
+    An item keeps the shares of its soft and its true label. Beside the others it counts by what it
+    weighed over the probability with which it stayed: within a class that is the same for all; in
+    a reservoir proportional to seen / len(old) for old items and new / len(items) for new ones.
+    """
+    before = torch.cat([_weights(old), _weights(items)])
+    weights = _weights(held)
+    if recipe.by_class and not held.labels.is_floating_point():
+        classes, of_both = torch.cat([old.labels, items.labels]).unique(return_inverse=True)
+        of_held = torch.searchsorted(classes, held.labels)
+    else:
+        weights[:survivors] *= len(old) / max(1, seen)
+        weights[survivors:] *= len(items) / new
+        of_both, of_held = torch.zeros_like(before).long(), torch.zeros_like(weights).long()
+    count = int(of_both.max()) + 1
+    due = torch.bincount(of_both, before, minlength=count)
+    found = torch.bincount(of_held, weights, minlength=count)
+    after = weights * torch.where(found > 0, due / found, 0.0)[of_held]
+    after = after * (due.sum() / after.sum()) if after.sum() > 0 else after  # classes that left
+    factor = torch.where(weights > 0, after / _weights(held), 0.0)
+    return held.weighted(held.soft_weight * factor, held.hard_weight * factor)
+
+
+def _weights(memory: Memory) -> Tensor:
+    """(M,) by either label."""
+    return memory.soft_weight.double() + memory.hard_weight.double()
 
 
 def _size(memory: Memory, recipe: Recipe) -> int:

@@ -78,9 +78,12 @@ class Recipe:
 
     Memory
         memory: examples to keep, for each task, or in ``total``; None keeps all; 0 none. Or bytes,
-            "20MB", which never holds more; or ``Fidelity(0.95)``, as few of each task as reach it.
+            "20MB", which never holds more; or ``Fidelity(0.95)``, as few of each task as reach it
+            near the anchor: with strength "auto", as if the strength were 1.
         score, per_class, descending: which ones (``identify``; also "k_centre").
-        population: an item stands for N / M examples, not only for itself; a kernel for N.
+        population: an item stands for N / M examples, not only for itself; a kernel for N. Drawn at
+            random, as many of each class, N and M are those of its class. In a ``total`` memory
+            the items that stay stand for those that leave, as strongly as they were believed.
         soft, hard: how much an item counts by its soft and by its true label.
         replay_fraction: this part of the new items is kept by its true label alone.
         divergence: of soft labels. refresh: ask the model again after each task.
@@ -177,6 +180,7 @@ class Recipe:
     def carry(self, precision: float = 1.0) -> Carry:
         """How a task's examples are carried, for the curve of fidelity against memory.
 
+        A strength of "auto" counts as 1: it is not known before the memory is chosen.
         Raises ValueError where that is no sum over examples: kernels, paths, learned vectors.
         """
         if self.kernel or self.structure == "path" or self.compact is not None:
@@ -191,7 +195,8 @@ class Recipe:
             by_class=self.by_class,
             divergence=self.divergence,
             structure=self.structure,
-            # "auto" is found once the memory is chosen, and only ever raises it: 1 promises less.
+            # "auto" is found once the memory is chosen. It is of the way back to where learning
+            # began; near the anchor, where fidelity is of, 1 is right and a larger one too much.
             strength=1.0 if self.strength == "auto" else self.strength,
             estimator=self.estimator,
             options={"rank": self.rank} if self.structure == "low_rank" else {},

@@ -337,6 +337,8 @@ def fidelity_curve(
     ``curve.py`` for the formulas and when they are exact. ``curve.smallest(0.95)`` reads it the
     other way round, and ``memory=Fidelity(0.95)`` acts on it.
 
+    A strength of "auto" counts as 1: it is found once the memory is chosen, and for longer moves.
+
     Raises ValueError for sizes beyond the data, and for priors that couple their examples (kernels,
     path integrals, learned vectors); else as ``Prior.memorise``.
     """

@@ -38,12 +38,34 @@ def per_class(
     divide k or a class is small, go to the best of the remaining scores.
     """
     _require_size(k)
+    return ranking(scores, labels, descending=descending).first(k)
+
+
+class Ranking(NamedTuple):
+    """What ``top_k`` and ``per_class`` choose from, for every k at once.
+
+    order (N,): the indices, best first; rank (N,): how many of its own class are before each of
+    them; None where classes do not matter.
+    """
+
+    order: Tensor
+    rank: Tensor | None
+    num_classes: int
+
+    def first(self, k: int) -> Tensor:
+        """(min(k, N),) int64: those within their class's quota first, each group by score."""
+        if self.rank is None:
+            return self.order[:k]
+        within = self.rank < k // self.num_classes
+        return torch.cat([self.order[within], self.order[~within]])[:k]
+
+
+def ranking(scores: Tensor, labels: Tensor | None, *, descending: bool = True) -> Ranking:
+    """Of scores (N,), within the classes of labels (N,) where there are some."""
     order = top_k(scores, len(scores), descending=descending)
-    rank = _rank_within(labels[order])
-    num_classes = max(1, len(torch.unique(labels)))
-    # Those within their class's quota first, each group by score: a stable sort on one bit.
-    first = torch.sort((rank >= k // num_classes).to(torch.uint8), stable=True).indices
-    return order[first[:k]]
+    if labels is None:
+        return Ranking(order, None, 1)
+    return Ranking(order, _rank_within(labels[order]), max(1, len(torch.unique(labels))))
 
 
 def represented(
@@ -55,11 +77,12 @@ def represented(
     For memories drawn at random, as many of each class: with N / M rare classes would count more.
     The examples of classes of which none is kept are shared out in proportion.
     """
-    classes, counts = kept.unique(return_counts=True)
-    place = torch.searchsorted(classes, every.to(classes)).clamp(max=max(0, len(classes) - 1))
-    found = torch.bincount(place[classes[place] == every.to(classes)], minlength=len(classes))
-    each = found.double() / counts
-    return (each * (len(every) / found.sum()))[torch.searchsorted(classes, kept)]
+    if len(kept) == 0:
+        return torch.zeros(0, dtype=torch.float64, device=kept.device)
+    classes, index, counts = kept.unique(return_inverse=True, return_counts=True)
+    place = torch.searchsorted(classes, every).clamp(max=len(classes) - 1)
+    found = torch.bincount(place[classes[place] == every], minlength=len(classes)).double()
+    return (found / counts * (len(every) / found.sum()))[index]
 
 
 def candidates(scores: Tensor, labels: Tensor | None, k: int, *, descending: bool = True) -> Tensor:
