@@ -89,7 +89,7 @@ class AddFlags(Shared):
     """Flags of ``lifelong adapt add``."""
 
     source: Annotated[Path | None, arg(name="from", metavar="FILE"), _default("none")] = None
-    """Examples: a Parquet or .npz file with inputs and labels."""
+    """Examples: a Parquet or .npz file with inputs and labels; NEW keeps a copy of them."""
     head: Annotated[str | None, arg(metavar="INT,..."), _default("all classes")] = None
     """The classes that compete for the examples of the file."""
     task: Annotated[_Int, _default("none")] = None
