@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +194,71 @@ def test_nothing_is_certified_where_nothing_was_removed(command, tmp_path):
     kept = int((prior_of(tmp_path / "e").memory.task == 0).sum())
     assert (counts["in_memory"], counts["given"]) == (kept, 0)
     assert counts["not_held"] == len(counts["ids"]) - kept > 0
+
+
+def test_a_single_example_is_certified_without_an_attack(run, command):
+    args = ("remove", run, "--ids", "0", "--task", "1", "--seed", "0", "--certificate", *FEW)
+    code, out, _ = command(*args, "--out", "y")
+    assert code == 0
+    assert "No attack was made" in out
+    assert "lbfgs, 3 steps" in out
+    content = Certificate.load("y/seed-0/certificate.json").content
+    assert content["audit"]["sizes"]["removed"] == 1
+    assert content["audit"]["attacks"] == {"before": {}, "unlearned": {}}
+    assert content["audit"]["quality"]["removed"]["unlearned"]["num_examples"] == 1
+    assert "No attack was made" in content["note"]
+    assert "There was no attack" in Path("y/seed-0/certificate.html").read_text()
+
+
+def test_a_class_is_compared_with_held_out_examples_of_it(run, command, monkeypatch):
+    """Not with the other class, which an attack could tell whatever was learned."""
+    seen: list[Any] = []
+    audit = adapted_runs.audit
+    monkeypatch.setattr(adapted_runs, "audit", lambda *a, **k: seen.append(k) or audit(*a, **k))
+    args = ("remove", run, "--task", "1", "--seed", "0", "--certificate", *FEW)
+    assert command(*args, "--label", "1", "--out", "y")[0] == 0
+    (told,) = seen
+    assert set(told["others"].labels.tolist()) == {1}
+    assert set(told["test"].labels.tolist()) == {0, 1}
+    count = int((told["test"].labels == 1).sum())
+    content = Certificate.load("y/seed-0/certificate.json").content
+    assert content["audit"]["attacks"]["unlearned"]["threshold"]["others"] == count
+    assert content["note"] == ""
+
+
+def test_others_of_another_class_are_told(run, command, monkeypatch):
+    first = adapted_runs._first
+
+    def without(*args: Any) -> Any:
+        past = first(*args)
+        tests = [t[(t.labels != 1).nonzero().squeeze(1)] for t in past.tests]
+        return replace(past, tests=tuple(tests))
+
+    monkeypatch.setattr(adapted_runs, "_first", without)
+    args = ("remove", run, "--task", "1", "--seed", "0", "--certificate", *FEW)
+    code, out, _ = command(*args, "--label", "1", "--out", "y")
+    assert code == 0
+    note = Certificate.load("y/seed-0/certificate.json").content["note"]
+    assert note.startswith("The attacks tell the removed examples from those of other classes")
+    assert "of other classes" in " ".join(out.split())
+
+
+def test_where_there_is_no_audit_it_is_said(run, command):
+    """All of a task is gone, or nobody has test examples of it."""
+    np.savez("new.npz", x=np.zeros((4, 2), "float32"), y=np.arange(4) % 2)
+    assert command("add", run, "--from", "new.npz", "--seed", "0", "--out", "more", *FEW)[0] == 0
+    for folder, which, why in (
+        (run, ("--task", "1"), "no example of task 1 is left to compare with"),
+        ("more", ("--task", "3", "--label", "1"), "there are no test examples of task 3"),
+    ):
+        out_folder = f"y{which[1]}"
+        args = ("remove", folder, *which, "--seed", "0", "--certificate", "--out", out_folder)
+        code, out, _ = command(*args, "--note", "asked", *FEW)
+        assert code == 0
+        assert f"There is no audit: {why}" in " ".join(out.split())
+        content = Certificate.load(f"{out_folder}/seed-0/certificate.json").content
+        assert content["audit"] is None
+        assert content["note"] == f"asked There is no audit: {why}."
 
 
 def test_a_chain_of_all_kinds(run, command):

@@ -292,3 +292,31 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert out == ""
     assert err.endswith(f"Interrupted. Go on with: lifelong run --resume {folder}\n")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["adapt", "--help"]])
+def test_nobody_reads_the_output_any_more(args):
+    """As in ``lifelong ... | head``: no word about it, and the exit code that shells know."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lifelong", *args],
+            stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_table_that_nobody_reads(monkeypatch):
+    """rich turns the error into an exit of its own."""
+
+    def table(args: list[str]) -> int:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904
+
+    monkeypatch.setattr(cli, "_demo", table)
+    assert cli.main(["demo"]) == 141

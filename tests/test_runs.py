@@ -238,6 +238,7 @@ def test_the_folder_holds_everything(tmp_path: Path) -> None:
     summary = run(folder, tiny(prior="fromp", memory=4, seeds=2, seed=5))
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files == [
+        ".lock",
         "config.json",
         "config.toml",
         "log.txt",
@@ -340,6 +341,45 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path, prior: Any) -> None:
             stops += 1
     assert stops == plan.steps == 8
     assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_one_process_at_a_time_writes_to_a_run(tmp_path: Path) -> None:
+    """Made or gone on with by another one meanwhile: that says so, and nothing changes."""
+    plan, folder = runs.prepare(tiny()), tmp_path / "x"
+    other = (
+        "import sys, pathlib\n"
+        "from lifelong import runs\n"
+        "from lifelong.config import Experiment, Overrides, RunConfig\n"
+        "plan = runs.prepare(RunConfig(Experiment(benchmark='two-moons', prior='finetune'),"
+        " Overrides(epochs=2, batch_size=100)))\n"
+        "getattr(runs, sys.argv[1])(plan, pathlib.Path(sys.argv[2]))\n"
+    )
+
+    def beside(what: str) -> str:
+        args = [sys.executable, "-c", other, what, str(folder)]
+        done = subprocess.run(args, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0
+        return done.stderr
+
+    with runs.claimed(folder):
+        assert f"another lifelong run is writing to {folder}" in beside("create")
+        assert [p.name for p in folder.iterdir()] == [runs.LOCK]
+    runs.create(plan, folder)
+    told: list[str] = []
+
+    def watch(event: runs.Event) -> None:
+        if not told:
+            told.extend((beside("execute"), beside("create")))
+
+    summary = runs.execute(plan, folder, watch)
+    assert "another lifelong run is writing to" in told[0]
+    assert "holds a run already" in told[1]
+    assert json.loads((folder / runs.RESULT).read_text()) == json.loads(json.dumps(summary))
+    with pytest.raises(UsageError, match="holds a run already"):
+        runs.create(plan, folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose another folder"), runs.claimed(tmp_path / "file"):
+        pass
 
 
 def test_finished_seeds_are_not_run_again(tmp_path: Path) -> None:

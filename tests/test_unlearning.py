@@ -354,6 +354,27 @@ def test_an_audit_of_the_retrained_model_itself():
     assert told["attacks"]["before"]["threshold"]["others"] == 50
 
 
+@pytest.mark.parametrize(("members", "others"), [(1, 10), (3, 1), (2, 2)])
+def test_an_audit_of_too_few_for_an_attack(members: int, others: int) -> None:
+    data, test = noise_data(80), noise_data(50, seed=9)
+    found = audit(
+        make(0),
+        make(1),
+        make(1),
+        likelihood=Categorical(),
+        removed=data[:members],
+        kept=data[20:],
+        test=test,
+        others=test[:others],
+    )
+    attacked = {"threshold"} if min(members, others) >= 2 else set()
+    assert {name: set(a) for name, a in found.attacks.items()} == dict.fromkeys(
+        ("before", "unlearned", "retrained"), attacked
+    )
+    assert set(found.gap) == attacked
+    assert found.quality["removed"]["unlearned"].num_examples == members
+
+
 def test_an_audit_without_a_retrained_model():
     data, test = noise_data(80), noise_data(50, seed=9)
     found = audit(

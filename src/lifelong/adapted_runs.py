@@ -203,7 +203,8 @@ def adapt(
             learner.save(folder / CHECKPOINT)
             if certifying is not None:
                 seconds = result.get("retrained", {}).get("seconds")
-                _certify(folder, certifying, found, origin, fresh, after, seconds)
+                said = _certify(folder, certifying, found, origin, fresh, after, seconds)
+                result["notes"] += said
                 result["certificate"] = f"seed-{number}/certificate.html"
         history = before or {"learned": learned, "steps": []}
         history = {**history, "steps": _carry(partial, run, history, step, added)}
@@ -609,20 +610,38 @@ def _certify(
     fresh: nn.Module | None,
     left: Past,
     fresh_seconds: float | None,
-) -> None:
-    """Certificate and audit of one seed. An audit asks one head: where the removed examples are of
-    tasks with several, it is of the task that loses most, and the note says so."""
+) -> list[str]:
+    """Certificate and audit of one seed; what is to be known of the audit, which the note says too.
+
+    An audit asks one head: where the removed examples are of tasks with several, it is of the task
+    that loses most. Its attacks tell the removed examples from test examples of their classes: of
+    others they would tell the class.
+    """
     model, prior = origin
     heads = {left.train[task].head for task in found.removed}
-    tasks, note = list(found.removed), certifying.note
+    tasks, said = list(found.removed), []
     if len(heads) > 1:
         tasks = [max(tasks, key=lambda task: len(found.removed[task]))]
-        said = f"The audit is of task {tasks[0] + 1}, which loses most of the examples."
-        note = f"{note} {said}".strip()
+        said.append(f"The audit is of task {tasks[0] + 1}, which loses most of the examples.")
     kept = [left.train[task] for task in tasks if len(left.train[task])]
-    tests = [test for task in tasks if (test := left.tests[task]) is not None]
+    tests = [test for task in tasks if (test := left.tests[task]) is not None and len(test)]
+    listed = ("task " if len(tasks) == 1 else "tasks ") + ", ".join(str(t + 1) for t in tasks)
     checked = None
-    if kept and tests:
+    if not kept:
+        said.append(f"There is no audit: no example of {listed} is left to compare with.")
+    elif not tests:
+        said.append(f"There is no audit: there are no test examples of {listed}.")
+    else:
+        removed, test = _together([found.removed[task] for task in tasks]), _together(tests)
+        same = test[torch.isin(test.labels, removed.labels).nonzero().squeeze(1)]
+        others = same if len(same) >= 2 else test
+        if len(removed) < 2:
+            said.append("No attack was made: it compares at least two removed examples.")
+        elif others is test and len(test) >= 2:
+            said.append(
+                "The attacks tell the removed examples from those of other classes: there are no "
+                "two test examples of their own."
+            )
         seconds = {"unlearning": found.cost.seconds}
         if fresh_seconds is not None:
             seconds["retraining"] = fresh_seconds
@@ -631,9 +650,10 @@ def _certify(
             found.learner.model,
             fresh,
             likelihood=prior.likelihood,
-            removed=_together([found.removed[task] for task in tasks]),
+            removed=removed,
             kept=_together(kept),
-            test=_together(tests),
+            test=test,
+            others=others,
             seconds=seconds,
         )
     certify_removal(
@@ -647,9 +667,10 @@ def _certify(
         clipped=found.clipped,
         not_held=found.not_held,
         audit=checked,
-        note=note,
+        note=" ".join([certifying.note, *said]).strip(),
         key=certifying.key,
     )
+    return said
 
 
 def _together(parts: Sequence[Examples]) -> Examples:

@@ -1,6 +1,7 @@
 """The command line: ``lifelong demo``, ``run``, ``adapt`` and ``memory``.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Only this module reads the environment
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more
+(``| head``). Only this module reads the environment
 (LIFELONG_DATA) and sets torch's threads; torch is imported once there is something to compute.
 """
 
@@ -12,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,20 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Prints errors as one line on standard error."""
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # or Python says so as it flushes for the last time
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE
+    return code
+
+
+_PIPE = 128 + 13  # as the shell tells of a program that SIGPIPE ended
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
@@ -110,9 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[name](rest)
     except SystemExit as stop:  # of tyro: after --help, or a wrong flag that it has explained
+        if isinstance(stop.__context__, BrokenPipeError):  # of rich, which hides it
+            return _PIPE
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", 130)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if "--debug" in rest:
             raise

@@ -225,7 +225,7 @@ def _tell_not_held(count: int, in_memory: int, *, anything: bool, name: str) -> 
     what += "and it keeps no gradient or curvature of the past"
     if not in_memory and not anything:
         raise ValueError(
-            f"{what}, so that there is nothing to take out, and what the weights hold of them "
+            f"{what}, so that there is nothing to forget, and what the weights hold of them "
             "would stay; train afresh without them, or use gradient_reconstruction from the start"
         )
     warnings.warn(NotHeldWarning(f"{what}; only the others were taken out", count), stacklevel=5)

@@ -9,6 +9,7 @@ runs/x/log.txt                    one line for each task learned
 runs/x/seed-0/learner.safetensors the learner after its last epoch: model, prior, random state
 runs/x/seed-0/accuracy.json       of a seed that is finished
 runs/x/result.json                of all seeds
+runs/x/.lock                      held while a process writes to the folder
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +48,7 @@ from .streams import TaskStream
 
 FORMAT = 1
 CONFIG, TOML, VERSIONS, LOG = "config.json", "config.toml", "versions.json", "log.txt"
-ACCURACY, RESULT = "accuracy.json", "result.json"
+ACCURACY, RESULT, LOCK = "accuracy.json", "result.json", ".lock"
 _SCORES = (*get_args(ScoreName), "k_centre")
 
 
@@ -139,14 +142,47 @@ def execute(plan: Plan, folder: Path | None = None, watch: Watch | None = None) 
     """Run every seed that is not finished yet; with ``folder``, everything is kept there.
 
     Returns the summary that result.json holds. Raises OSError where the folder cannot be written,
-    CheckpointError where a checkpoint in it cannot be read.
+    UsageError where another process writes to it, CheckpointError where a checkpoint in it cannot
+    be read.
     """
-    results = [_seed(plan, seed, folder, watch) for seed in plan.config.seed_list]
-    summary = summarise(plan, results)
-    if folder is not None:
-        _write_json(folder / RESULT, summary)
-        log(folder, f"finished: accuracy {summary['accuracy']['mean']:.4f}")
+    with nullcontext() if folder is None else claimed(folder):
+        results = [_seed(plan, seed, folder, watch) for seed in plan.config.seed_list]
+        summary = summarise(plan, results)
+        if folder is not None:
+            _write_json(folder / RESULT, summary)
+            log(folder, f"finished: accuracy {summary['accuracy']['mean']:.4f}")
     return summary
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes to the run's folder. The lock is the system's, which lets go
+    of it when a process ends in any way; where there is no ``flock`` (Windows) nothing is held.
+
+    Raises UsageError where another process holds it, OSError where it cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        told = f"cannot write to {folder} ({error.strerror}); choose another folder"
+        raise OSError(error.errno, told) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another lifelong run is writing to {folder}; let it end, or choose another "
+                "folder with --out"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_free(folder: Path) -> None:
@@ -161,21 +197,23 @@ def require_free(folder: Path) -> None:
 
 
 def create(plan: Plan, folder: Path) -> None:
-    """Make the run's folder. Raises UsageError where another run lies there."""
+    """Make the run's folder. Raises UsageError where another run lies there or is being made."""
     require_free(folder)
-    write(folder / TOML, plan.config.to_toml())
-    _write_json(folder / VERSIONS, versions())
-    log(folder, f"started: {plan.config.experiment.prior} on {plan.benchmark.name}")
-    # Last, since it is what makes the folder a run.
-    _write_json(
-        folder / CONFIG,
-        {
-            "format": FORMAT,
-            "flags": plan.config.to_dict(),
-            "training": asdict(plan.training),
-            "prior": dict(plan.arguments),
-        },
-    )
+    with claimed(folder):
+        require_free(folder)  # of another process, that was making it
+        write(folder / TOML, plan.config.to_toml())
+        _write_json(folder / VERSIONS, versions())
+        log(folder, f"started: {plan.config.experiment.prior} on {plan.benchmark.name}")
+        # Last, since it is what makes the folder a run.
+        _write_json(
+            folder / CONFIG,
+            {
+                "format": FORMAT,
+                "flags": plan.config.to_dict(),
+                "training": asdict(plan.training),
+                "prior": dict(plan.arguments),
+            },
+        )
 
 
 def load_config(folder: Path, *, adapted: bool = False) -> RunConfig:

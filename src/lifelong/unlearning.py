@@ -541,7 +541,8 @@ class Audit:
     sizes: how many examples each set has. quality: set -> model -> ``Evaluation``, the sets
     "removed", "kept", "test", the models "before", "unlearned", "retrained". distances: set ->
     ``Distance`` to the retrained model; empty where there is none. attacks: model -> name of the
-    attack -> ``Attack``. seconds: of "unlearning", "retraining", as they were told.
+    attack -> ``Attack``; none where an attack has too few examples. seconds: of "unlearning",
+    "retraining", as they were told.
     """
 
     sizes: Mapping[str, int]
@@ -591,7 +592,8 @@ def audit(
     default ``test``. Draw them alike: for a removed class, held-out examples of that class.
     evidence: of shadow models, for LiRA online and offline; without it there is the threshold on
     the confidence alone. retrained: without the removed data; None leaves the comparison out, and
-    the certificate says so. Reads every model in eval mode and changes none.
+    the certificate says so. Reads every model in eval mode and changes none. With fewer than two
+    removed examples or two others there are no attacks, which rank the ones among the others.
 
     Raises as ``evaluate``; ValueError for evidence about other numbers of examples.
     """
@@ -613,8 +615,10 @@ def audit(
             place: distance(after, retrained, data, likelihood, head=head, batch_size=batch_size)
             for place, data in sets.items()
         }
-    attacks = {}
-    for name, model in models.items():
+    sizes = {place: num_examples(data) for place, data in {**sets, "others": others}.items()}
+    attacks: dict[str, dict[str, Attack]] = {name: {} for name in models}
+    enough = min(sizes["removed"], sizes["others"]) >= 2
+    for name, model in models.items() if enough else ():
         m, o = (
             confidence(model, data, likelihood, head=head, batch_size=batch_size)
             for data in (removed, others)
@@ -629,7 +633,6 @@ def audit(
                     online=online,
                 )
                 attacks[name][form] = attack(scores[: len(m)], scores[len(m) :], fpr=fpr)
-    sizes = {place: num_examples(data) for place, data in {**sets, "others": others}.items()}
     return Audit(sizes, quality, distances, attacks, dict(seconds or {}))
 
 

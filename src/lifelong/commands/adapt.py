@@ -89,7 +89,7 @@ class AddFlags(Shared):
     """Flags of ``lifelong adapt add``."""
 
     source: Annotated[Path | None, arg(name="from", metavar="FILE"), _default("none")] = None
-    """Examples: a Parquet or .npz file with inputs and labels."""
+    """Examples: a Parquet or .npz file with inputs and labels; NEW keeps a copy of them."""
     head: Annotated[str | None, arg(metavar="INT,..."), _default("all classes")] = None
     """The classes that compete for the examples of the file."""
     task: Annotated[_Int, _default("none")] = None
@@ -290,8 +290,7 @@ def _table(kind: str, summary: dict[str, Any], out: Path) -> None:
     row("  trained afresh", [count_text(c["gradients"]) if c else "" for c in compared])
     row("Time", [seconds_text(r["seconds"]) for r in seeds])
     row("  trained afresh", [seconds_text(c["seconds"]) if c else "" for c in compared])
-    ended = [r["method"] if r["converged"] else f"{r['method']}, not at its end" for r in seeds]
-    row("Fitted by", ended)
+    row("Fitted by", [_ended(kind, r) for r in seeds])
     console = Console()
     console.print(table, highlight=False)
     for note in dict.fromkeys(note for r in seeds for note in r["notes"]):
@@ -300,6 +299,14 @@ def _table(kind: str, summary: dict[str, Any], out: Path) -> None:
         if "certificate" in result:
             console.print(f"Certificate: {out / result['certificate']}", highlight=False)
     console.print(f"Folder: {out}", highlight=False)
+
+
+def _ended(kind: str, result: dict[str, Any]) -> str:
+    """A network leaves removed examples in a few chosen steps, which is no failure to converge."""
+    method, steps = result["method"], result["iterations"]
+    if result["converged"]:
+        return method
+    return f"{method}, {steps} steps" if kind == "remove" else f"{method}, not at its end"
 
 
 def _percent(value: float | None) -> str:
