@@ -397,7 +397,11 @@ def train(cell: Cell, task: Task, solver: Solver, trace: Trace) -> nn.Module:
             items = memorise(task.base, gone, LIKELIHOOD).weighted(1.0, -1.0)
             prior = replace(prior, terms=(*prior.terms, MemoryTerm(items)))
         else:
-            prior = prior.forget(task.base, gone)
+            if prior.recipe.gradient == "none" and prior.memory is not None:  # holds that alone
+                inside = torch.isin(gone.ids, prior.memory.origin)
+                gone = gone[inside.nonzero().squeeze(1)]
+            if len(gone):
+                prior = prior.forget(task.base, gone)
             trace.spent += len(gone) if prior.recipe.gradient != "none" else 0
     if change.precision[1] != change.precision[0]:
         prior = prior.replace(regulariser=Regulariser(change.precision[1]))
