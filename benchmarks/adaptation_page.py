@@ -45,6 +45,27 @@ HARD = {
         "replay, random, N/M, first layer shared",
     ),
 }
+WALKED = {
+    "add": ("K-prior, N/M", "K-prior, random, N/M", "K-prior, sampled by h', weighted", "warm"),
+    "remove": (
+        "K-prior, N/M, removed kept in memory",
+        "K-prior, N/M",
+        "K-prior, random, N/M",
+        "K-prior, sampled by h', weighted",
+        "warm",
+    ),
+    "regulariser": (
+        "K-prior, N/M",
+        "K-prior, random, N/M",
+        "K-prior, sampled by h', weighted",
+        "warm",
+    ),
+    "model": (
+        "K-prior, N/M, first layer shared",
+        "K-prior, random, N/M, first layer shared",
+        "K-prior, N/M",
+    ),
+}
 MOST = 3  # seeds of a cell that is whole
 
 
@@ -83,6 +104,36 @@ def hard(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def gradients(result: Mapping[str, Any]) -> str:
+    """What the MLP's lines cost by Adam as a part of batch's, sums over the seeds that got there."""
+    rows = [
+        "| USPS MLP | line | accuracy at the end, batch − line | to 0.1 point "
+        "| to 1 point for good | all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for change, lines in WALKED.items():
+        of = result["usps-mlp"][change]["gradients"]["adam"]
+        for line in lines:
+            gap = 100 * (_mean(of["batch"]["accuracy"]) - _mean(of[line]["accuracy"]))
+            cells = [part(of[line][k], of["batch"][k]) for k in ("to_batch", "near", "gradients")]
+            rows.append(f"| {change} | {line} | {gap:.2f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def part(spent: Sequence[int | None], batch: Sequence[int | None]) -> str:
+    """The sum as a part of batch's, over the seeds in which both got there."""
+    both = [(a, b) for a, b in zip(spent, batch, strict=False) if a is not None and b is not None]
+    if not both:
+        return "never"
+    ratio = sum(a for a, _ in both) / sum(b for _, b in both)
+    seeds = "" if len(both) == len(spent) else f" (in {len(both)} of {len(spent)})"
+    return f"{ratio:.3f}{seeds}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def fill(text: str, name: str, body: str) -> str:
     """The page with ``body`` between the two marks of that name. Raises ValueError without them."""
     start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
@@ -103,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("accuracy-5", accuracies(result, "0.05")),
         ("accuracy-2", accuracies(result, "0.02")),
         ("hard", hard(result)),
+        ("gradients", gradients(result)),
     ):
         text = fill(text, name, body)
     PAGE.write_text(text)

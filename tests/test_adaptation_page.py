@@ -17,6 +17,7 @@ def test_the_page_has_the_numbers_of_the_record():
         ("accuracy-5", page.accuracies(result, "0.05")),
         ("accuracy-2", page.accuracies(result, "0.02")),
         ("hard", page.hard(result)),
+        ("gradients", page.gradients(result)),
     ):
         assert page.fill(text, name, body) == text, "run python -m benchmarks.adaptation_page"
 
@@ -26,6 +27,12 @@ def test_cells():
     assert page.cell({"mean": 0.9123, "standard_error": None, "n": 1}) == "91.2 (1)"
     assert page.cell({"mean": 0.9123, "standard_error": 0.0004, "n": 3}) == "91.2"
     assert page.cell({"mean": 0.9123, "standard_error": 0.002, "n": 3}) == "91.2 ± 0.2"
+
+
+def test_parts_of_what_batch_costs():
+    assert page.part([1, 2, 3], [10, 20, 30]) == "0.100"
+    assert page.part([1, None, 3], [10, 20, 30]) == "0.100 (in 2 of 3)"
+    assert page.part([None], [10]) == "never"
 
 
 def test_a_page_without_marks_is_told():
