@@ -105,7 +105,7 @@ def hard(result: Mapping[str, Any]) -> str:
 
 
 def gradients(result: Mapping[str, Any]) -> str:
-    """What the MLP's lines cost by Adam as a part of batch's, sums over the seeds that got there."""
+    """What the MLP's lines cost by Adam, part of batch's, summed over seeds that got there."""
     rows = [
         "| USPS MLP | line | accuracy at the end, batch − line | to 0.1 point "
         "| to 1 point for good | all |",
