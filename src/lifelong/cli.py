@@ -38,10 +38,10 @@ usage: lifelong COMMAND [OPTIONS]
 Learn tasks one after another without forgetting.
 
 commands:
-  demo    learn handwritten digits, two at a time, with six methods; one table, one page
-  run     train one method on one benchmark, and keep settings, results and checkpoints
-  adapt   change a saved run: add or remove examples, regularise, another network
-  memory  look into a memory on disk; drop, restore and forget examples
+  demo         learn handwritten digits, two at a time, with six methods; one table, one page
+  run          train one method on one benchmark, and keep settings, results and checkpoints
+  adapt        change a saved run: add or remove examples, regularise, another network
+  memory       look into a memory on disk; drop, restore and forget examples
   certificate  check a certificate of unlearning, or make a key to sign with
 
 options:
