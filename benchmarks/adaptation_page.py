@@ -120,6 +120,23 @@ def gradients(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def convex(result: Mapping[str, Any]) -> str:
+    """The same of the linear models, by Newton and by L-BFGS, beside warm retraining."""
+    solvers = {"newton": "Newton", "lbfgs": "L-BFGS"}
+    heads = [f"{s}: to 0.1 point, all | warm: to 0.1, all" for s in solvers.values()]
+    rows = [f"| gradients / batch's | line | {' | '.join(heads)} |", "|---|---|---|---|---|---|"]
+    for name in ("usps-linear", "adult"):
+        for change, found in result[name].items():
+            line = "K-prior, random, N/M" if change == "model" else "K-prior, G of the rest"
+            cells = [
+                ", ".join(part(of[who][k], of["batch"][k]) for k in ("to_batch", "gradients"))
+                for of in (found["gradients"][solver] for solver in solvers)
+                for who in (line, "warm")
+            ]
+            rows.append(f"| {SETS[name]}, {change} | {LINES[line]} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def part(spent: Sequence[int | None], batch: Sequence[int | None]) -> str:
     """The sum as a part of batch's, over the seeds in which both got there."""
     both = [(a, b) for a, b in zip(spent, batch, strict=False) if a is not None and b is not None]
@@ -155,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("accuracy-2", accuracies(result, "0.02")),
         ("hard", hard(result)),
         ("gradients", gradients(result)),
+        ("convex", convex(result)),
     ):
         text = fill(text, name, body)
     PAGE.write_text(text)

@@ -18,6 +18,7 @@ def test_the_page_has_the_numbers_of_the_record():
         ("accuracy-2", page.accuracies(result, "0.02")),
         ("hard", page.hard(result)),
         ("gradients", page.gradients(result)),
+        ("convex", page.convex(result)),
     ):
         assert page.fill(text, name, body) == text, "run python -m benchmarks.adaptation_page"
 
