@@ -64,23 +64,26 @@ from .base import (
     Which,
 )
 from .export import write_export
-from .sqlite import (
-    THUMBNAILS,
-    _default_ids,
-    _forgotten_error,
-    _hash,
-    _is_reference,
-    _Mark,
-    _marks,
-    _memory_of,
-    _mentions,
-    _refer,
-    _require_digest,
-    _tag,
-    _Today,
-    _tombstones,
-    _utf8,
+from .marks import (
+    Mark,
+    default_ids,
+    forgotten_error,
+    hash_id,
+    marks_of,
+    mentions,
+    tag_of,
+    tombstones_of,
+    utf8,
 )
+from .references import (
+    Today,
+    is_reference,
+    memory_of,
+    referring,
+    require_digest,
+    without_rows,
+)
+from .sqlite import THUMBNAILS
 
 FORMAT = 1
 LOCK = "writer.lock"
@@ -276,7 +279,7 @@ class LanceStore:
     @contextmanager
     def _writing(self, kind: str, message: str) -> Iterator[_Change]:
         """A new version: what is put into the change is committed at the end."""
-        text = _utf8(message, "the message")
+        text = utf8(message, "the message")
         with self._locked() as view:
             change = _Change(view, kind, text)
             yield change
@@ -347,7 +350,7 @@ class LanceStore:
         StoreBusyError.
         """
         n = len(memory)
-        names = ids if ids is not None else _default_ids(memory)
+        names = ids if ids is not None else default_ids(memory)
         notes = notes if notes is not None else [""] * n
         columns: dict[str, Any] = {"ids": names, "notes": notes}
         columns |= {f"scores {name!r}": values for name, values in (scores or {}).items()}
@@ -356,12 +359,12 @@ class LanceStore:
             if len(column) != n:
                 raise ValueError(f"expected {n} {name}, one for each item, got {len(column)}")
         for name in (*names, *notes):
-            _utf8(name, "ids and notes")
+            utf8(name, "ids and notes")
         contents = codec.encode_inputs(memory.inputs, inputs)
         values = {k: torch.as_tensor(v).double().tolist() for k, v in (scores or {}).items()}
         each = [{name: value[i] for name, value in values.items()} for i in range(n)]
         with self._writing("append", message) as change:
-            change.admit(_marks(change.view.salt, memory, names, contents), readmit)
+            change.admit(marks_of(change.view.salt, memory, names, contents), readmit)
             heads = [change.spec(json.dumps(h)) for h in memory.heads]
             states = codec.encode_states(memory, heads, names, notes, each)
             for content, state in zip(contents, states, strict=True):
@@ -408,12 +411,12 @@ class LanceStore:
                 raise FileNotFoundError(f"there is no folder {run}; pass the run's folder")
         changed: list[str] = []
         with self._locked() as view:
-            change = _Change(view, "forget", _utf8(message, "the message"))
+            change = _Change(view, "forget", utf8(message, "the message"))
             items = set(self._chosen(view, which, None))
             states = [state for state, place in view.place.items() if view.item[place] in items]
             rows = list(self._states(view, states))
             names = {state.name for state in rows}
-            if _mentions(message.encode(), names):
+            if mentions(message.encode(), names):
                 raise ValueError(
                     "the message names an item that is to be forgotten, and would outlive it; "
                     "say it without the id"
@@ -434,11 +437,11 @@ class LanceStore:
             priors, influenced = self._forget_in_priors(view, change, set(states), places)
             touched = {n for life in view.lives if life[1] in items for n in life[2:]}
             messages = self._messages(view)
-            blank = {n for n, text in messages.items() if n in touched or _mentions(text, names)}
+            blank = {n for n, text in messages.items() if n in touched or mentions(text, names)}
             change.event |= {
                 "erased": sorted(items),
                 "blank": sorted(blank),
-                "tombstones": [h.hex() for h in _tombstones(view.salt, names, match)],
+                "tombstones": [h.hex() for h in tombstones_of(view.salt, names, match)],
             }
             self._commit(view, change)
             changed += self._finish(self._view())
@@ -527,28 +530,28 @@ class LanceStore:
         """
         state = prior.state_dict()
         held: list[Memory] = []
-        scrub.map_memories(state, lambda holder: held.append(_memory_of(holder)))
+        scrub.map_memories(state, lambda holder: held.append(memory_of(holder)))
         with self._writing("prior", message) as change:
             known = self._known(change.view)
             rows = [self._remember(change, memory, known, readmit) for memory in held]
             gone = known.states.difference(*rows)
             change.event["died"] = sorted(gone)
             numbers = iter(rows)
-            refer = scrub.map_memories(state, lambda holder: _refer(holder, next(numbers)))
+            refer = scrub.map_memories(state, lambda holder: referring(holder, next(numbers)))
             change.event["prior"] = change.put_prior(refer)
         return change.number
 
-    def _known(self, view: _View) -> _Today:
+    def _known(self, view: _View) -> Today:
         items = sorted(view.today, reverse=True)
         states = [view.today[item] for item in items]
         rows = self._states(view, states)
         sources = self._take(view, [view.source[item] for item in items], "digest")["digest"]
-        return _Today(
+        return Today(
             (content, s.task, s.origin, item, state, s.digest, s.name, s.note, s.scores)
             for content, s, item, state in zip(sources.to_pylist(), rows, items, states)
         )
 
-    def _remember(self, change: _Change, memory: Memory, known: _Today, readmit: bool) -> list[int]:
+    def _remember(self, change: _Change, memory: Memory, known: Today, readmit: bool) -> list[int]:
         """The states of a memory's items, in its order; what is not there yet is inserted."""
         contents = codec.encode_inputs(memory.inputs)
         places = zip(memory.task.tolist(), memory.origin.tolist(), strict=True)
@@ -558,9 +561,9 @@ class LanceStore:
         ]
         names = [
             name if old is None else old.name
-            for name, old in zip(_default_ids(memory), found, strict=True)
+            for name, old in zip(default_ids(memory), found, strict=True)
         ]
-        marks = _marks(change.view.salt, memory, names, contents, [old is None for old in found])
+        marks = marks_of(change.view.salt, memory, names, contents, [old is None for old in found])
         change.admit(marks, readmit)
         states = codec.encode_states(
             memory,
@@ -627,7 +630,7 @@ class LanceStore:
             return resolved
 
         try:
-            state = scrub.map_memories(self._read_prior(view, name), resolve, _is_reference)
+            state = scrub.map_memories(self._read_prior(view, name), resolve, is_reference)
             return Prior.from_state_dict(state)
         except (KeyError, TypeError) as error:
             raise StoreDamagedError(
@@ -662,24 +665,9 @@ class LanceStore:
 
         places: named by the members of its groups no more.
         """
-        held = False
-
-        def fewer(holder: dict[str, Any]) -> dict[str, Any] | None:
-            nonlocal held
-            refers = holder["memory"]
-            keep = torch.tensor([keeps(row) for row in refers["rows"].tolist()]).bool()
-            if keep.all():
-                return None
-            held = True
-            parts = {name: refers[name][keep] for name in ("rows", "head")}
-            changed = {**holder, "memory": {**refers, **parts}}
-            if "blocks" in holder:
-                changed["blocks"] = scrub.marginal(holder["blocks"], keep)
-            return changed
-
-        before = scrub.map_memories(self._read_prior(view, name), fewer, _is_reference)
-        state = scrub.without_members(before, places)
-        return change.put_prior(state) if held or state is not before else name
+        before = self._read_prior(view, name)
+        state, _ = without_rows(before, keeps, places)
+        return name if state is before else change.put_prior(state)
 
     # -------------------------------------------------------------------- read
 
@@ -771,7 +759,7 @@ class LanceStore:
             strict=True,
         ):
             layout = view.input_layout(source)
-            _require_digest(layout.spec, (data,), digest)
+            require_digest(layout.spec, (data,), digest)
             gathering.put(layout, data, view.unpacked(place, row, check))
         return gathering.memory(_Heads(view), decode)
 
@@ -793,7 +781,7 @@ class LanceStore:
         place = view.source[item]
         row = self._take(view, [place], "input", "digest").to_pylist()[0]
         layout = view.input_layout(place)
-        _require_digest(layout.spec, (row["input"],), row["digest"])
+        require_digest(layout.spec, (row["input"],), row["digest"])
         return layout.value(row["input"])
 
     def items(
@@ -860,7 +848,7 @@ class LanceStore:
         if where is not None:
             pairs = [p for p in pairs if view.fits(where, view.place[p[1]], view.source[p[0]])]
             if where.text is not None:
-                pairs = self._with_text(view, pairs, _utf8(where.text, "the text"))
+                pairs = self._with_text(view, pairs, utf8(where.text, "the text"))
         return pairs if limit is None else pairs[:limit]
 
     def _with_text(
@@ -892,8 +880,8 @@ class LanceStore:
         odd = [w for w in wanted if type(w) not in (int, str)]
         if odd:
             raise TypeError(f"expected item numbers (int) or ids (str), got {odd[0]!r}")
-        names = {name: _utf8(name, "an id") for name in wanted if isinstance(name, str)}
-        tags = {_tag(view.salt, raw) for raw in names.values()}
+        names = {name: utf8(name, "an id") for name in wanted if isinstance(name, str)}
+        tags = {tag_of(view.salt, raw) for raw in names.values()}
         alive = {life[1] for life in view.lives} if version is None else set(view.today)
         likely = [s for s, p in view.place.items() if view.tag[p] in tags and view.item[p] in alive]
         by_name: dict[bytes, set[int]] = {}
@@ -967,7 +955,7 @@ class LanceStore:
     def forgotten(self, id: str) -> Tombstone | None:
         """See ``MemoryStore.forgotten``."""
         view = self._view()
-        number = view.tombstones.get(_hash(view.salt, _utf8(id, "an id")).hex())
+        number = view.tombstones.get(hash_id(view.salt, utf8(id, "an id")).hex())
         if number is None:
             return None
         times = {e["number"]: e["time"] for e in view.events}
@@ -1214,7 +1202,7 @@ class _View:
         for size in sizes:
             columns.append(row[start : start + size])
             start += size
-        _require_digest(layout.spec, columns, check)
+        require_digest(layout.spec, columns, check)
         return codec.State.of(layout, columns)
 
     def fits(self, where: Where, place: int, source: int) -> bool:
@@ -1297,7 +1285,7 @@ class _Change:
             "task": _whole(state.task),
             "origin": _whole(state.origin),
             "label": float(label) if isinstance(label, int | float) else None,
-            "tag": _tag(self.view.salt, state.name),
+            "tag": tag_of(self.view.salt, state.name),
             "spec": self.spec(state.layout.spec),
             "row": struct.pack(">10I", *map(len, state.columns)) + b"".join(state.columns),
             "check": state.digest,
@@ -1313,7 +1301,7 @@ class _Change:
         self._state += 1
         return self._state - 1
 
-    def admit(self, marks: Iterable[_Mark], readmit: bool) -> None:
+    def admit(self, marks: Iterable[Mark], readmit: bool) -> None:
         """Refuse what was forgotten; with ``readmit`` take its tombstones away."""
         tombstones = self.view.tombstones
         for mark in marks if tombstones else ():
@@ -1321,7 +1309,7 @@ class _Change:
             if known and readmit:
                 self.event.setdefault("readmitted", []).append(mark.hash.hex())
             elif known and mark.refused:
-                raise _forgotten_error(mark, tombstones[mark.hash.hex()])
+                raise forgotten_error(mark, tombstones[mark.hash.hex()])
 
     def put_prior(self, state: Any) -> str:
         """Its name."""

@@ -23,15 +23,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +37,6 @@ from torch import Tensor
 from .. import checkpoint
 from ..errors import (
     CheckpointError,
-    ForgottenError,
     StoreBusyError,
     StoreDamagedError,
     StoreFullError,
@@ -60,10 +57,28 @@ from .base import (
     Version,
     Where,
     Which,
-    default_id,
 )
 from .database import DATABASE, GUARD, INDICES, TABLES, Database, newest
 from .export import write_export
+from .marks import (
+    Mark,
+    default_ids,
+    forgotten_error,
+    hash_id,
+    marks_of,
+    mentions,
+    tag_of,
+    tombstones_of,
+    utf8,
+)
+from .references import (
+    Today,
+    is_reference,
+    memory_of,
+    referring,
+    require_digest,
+    without_rows,
+)
 
 THUMBNAILS = "thumbnails"
 _APPENDED = ("content", "state", "version")
@@ -95,7 +110,7 @@ class SqliteStore(Database):
     @contextmanager
     def _writing(self, kind: str, message: str) -> Iterator[tuple[sqlite3.Connection, int]]:
         """A new version: the connection and its number."""
-        text = _utf8(message, "the message")
+        text = utf8(message, "the message")
         with self._locked() as con:
             number = newest(con) + 1
             self._remove_orphans(con)
@@ -132,7 +147,7 @@ class SqliteStore(Database):
         that cannot be stored, ForgottenError for ids and inputs that were forgotten.
         """
         n = len(memory)
-        names = ids if ids is not None else _default_ids(memory)
+        names = ids if ids is not None else default_ids(memory)
         notes = notes if notes is not None else [""] * n
         columns: dict[str, Any] = {"ids": names, "notes": notes}
         columns |= {f"scores {name!r}": values for name, values in (scores or {}).items()}
@@ -141,12 +156,12 @@ class SqliteStore(Database):
             if len(column) != n:
                 raise ValueError(f"expected {n} {name}, one for each item, got {len(column)}")
         for name in (*names, *notes):
-            _utf8(name, "ids and notes")
+            utf8(name, "ids and notes")
         contents = codec.encode_inputs(memory.inputs, inputs)
         values = {k: torch.as_tensor(v).double().tolist() for k, v in (scores or {}).items()}
         each = [{name: value[i] for name, value in values.items()} for i in range(n)]
         with self._writing("append", message) as (con, number):
-            self._admit(con, _marks(self._salt, memory, names, contents), readmit)
+            self._admit(con, marks_of(self._salt, memory, names, contents), readmit)
             heads = [self._layout(con, json.dumps(h)) for h in memory.heads]
             states = codec.encode_states(memory, heads, names, notes, each)
             items = self._insert_contents(con, contents)
@@ -178,7 +193,7 @@ class SqliteStore(Database):
             if state.layout not in known:
                 known[state.layout] = self._layout(con, state.layout.spec)
         rows = (
-            (i, item, known[s.layout], _tag(salt, s.name), s.digest, *s.columns)
+            (i, item, known[s.layout], tag_of(salt, s.name), s.digest, *s.columns)
             for i, (item, s) in zip(numbers, states, strict=True)
         )
         con.executemany(f"INSERT INTO state VALUES ({', '.join('?' * 15)})", rows)
@@ -192,7 +207,7 @@ class SqliteStore(Database):
             return row[0]
         return con.execute("INSERT INTO layout(spec) VALUES (?)", (spec,)).lastrowid or 0
 
-    def _admit(self, con: sqlite3.Connection, marks: Iterable[_Mark], readmit: bool) -> None:
+    def _admit(self, con: sqlite3.Connection, marks: Iterable[Mark], readmit: bool) -> None:
         """Refuse what was forgotten; with ``readmit`` take its tombstones away."""
         if con.execute("SELECT 1 FROM tombstone LIMIT 1").fetchone() is None:
             return
@@ -206,7 +221,7 @@ class SqliteStore(Database):
             row = con.execute("SELECT version FROM tombstone WHERE hash = ?", (mark.hash,))
             found = row.fetchone()
             if found is not None:
-                raise _forgotten_error(mark, found[0])
+                raise forgotten_error(mark, found[0])
 
     def drop(self, which: Which, *, message: str = "") -> int:
         """See ``MemoryStore.drop``. Raises ValueError where no item of today is meant."""
@@ -268,7 +283,7 @@ class SqliteStore(Database):
                 f"SELECT s.name, s.task, s.origin FROM state s WHERE s.item IN {_CHOSEN}", (chosen,)
             ).fetchall()
             names = {name for name, _, _ in rows}
-            if _mentions(message.encode(), names):
+            if mentions(message.encode(), names):
                 raise ValueError(
                     "the message names an item that is to be forgotten, and would outlive it; "
                     "say it without the id"
@@ -289,7 +304,7 @@ class SqliteStore(Database):
             self._overwrite(con, chosen, names)
             con.executemany(
                 "INSERT OR REPLACE INTO tombstone VALUES (?, ?)",
-                [(hash_, number) for hash_ in _tombstones(self._salt, names, match)],
+                [(hash_, number) for hash_ in tombstones_of(self._salt, names, match)],
             )
             con.execute("INSERT OR REPLACE INTO meta VALUES ('pending', 1)")
         changed += self._finish()
@@ -312,7 +327,7 @@ class SqliteStore(Database):
         blank = [
             (bytes(len(text)), _version_digest(number, when, kind, bytes(len(text))), number)
             for number, when, kind, text in versions
-            if number in numbers or _mentions(text, names)
+            if number in numbers or mentions(text, names)
         ]
         con.executemany("UPDATE version SET message = ?, digest = ? WHERE number = ?", blank)
         for table, key, columns in (
@@ -395,9 +410,9 @@ class SqliteStore(Database):
         """
         state = prior.state_dict()
         held: list[Memory] = []
-        scrub.map_memories(state, lambda holder: held.append(_memory_of(holder)))
+        scrub.map_memories(state, lambda holder: held.append(memory_of(holder)))
         with self._writing("prior", message) as (con, number):
-            today = _Today.of(con)
+            today = _today(con)
             rows = [self._remember(con, number, memory, today, readmit) for memory in held]
             gone = today.states.difference(*rows)
             con.execute(
@@ -405,12 +420,12 @@ class SqliteStore(Database):
                 (number, json.dumps(sorted(gone))),
             )
             numbers = iter(rows)
-            refer = scrub.map_memories(state, lambda holder: _refer(holder, next(numbers)))
+            refer = scrub.map_memories(state, lambda holder: referring(holder, next(numbers)))
             con.execute("INSERT INTO prior VALUES (?, ?)", (number, self._write_prior(refer)))
         return number
 
     def _remember(
-        self, con: sqlite3.Connection, number: int, memory: Memory, today: _Today, readmit: bool
+        self, con: sqlite3.Connection, number: int, memory: Memory, today: Today, readmit: bool
     ) -> list[int]:
         """The states of a memory's items, in its order; what is not there yet is inserted."""
         contents = codec.encode_inputs(memory.inputs)
@@ -421,9 +436,9 @@ class SqliteStore(Database):
         ]
         names = [
             name if old is None else old.name
-            for name, old in zip(_default_ids(memory), found, strict=True)
+            for name, old in zip(default_ids(memory), found, strict=True)
         ]
-        marks = _marks(self._salt, memory, names, contents, [old is None for old in found])
+        marks = marks_of(self._salt, memory, names, contents, [old is None for old in found])
         self._admit(con, marks, readmit)
         fresh = [content for content, old in zip(contents, found, strict=True) if old is None]
         items = iter(self._insert_contents(con, fresh))
@@ -529,7 +544,7 @@ class SqliteStore(Database):
                 resolved["blocks"] = scrub.marginal(holder["blocks"], keep)
             return resolved
 
-        return scrub.map_memories(self._read_prior(name), resolve, _is_reference)
+        return scrub.map_memories(self._read_prior(name), resolve, is_reference)
 
     def _forget_in_priors(
         self, con: sqlite3.Connection, items: Sequence[int], places: Set[tuple[int, int]]
@@ -556,27 +571,12 @@ class SqliteStore(Database):
 
         places: named by the members of its groups no more.
         """
-        held = False
-
-        def change(holder: dict[str, Any]) -> dict[str, Any] | None:
-            nonlocal held
-            refers = holder["memory"]
-            keep = torch.tensor([keeps(row) for row in refers["rows"].tolist()]).bool()
-            if keep.all():
-                return None
-            held = True
-            parts = {name: refers[name][keep] for name in ("rows", "head")}
-            changed = {**holder, "memory": {**refers, **parts}}
-            if "blocks" in holder:
-                changed["blocks"] = scrub.marginal(holder["blocks"], keep)
-            return changed
-
         try:
-            before = scrub.map_memories(self._read_prior(name), change, _is_reference)
+            before = self._read_prior(name)
         except FileNotFoundError as error:
             raise StoreDamagedError(f"{error} is missing; restore it from a copy") from error
-        state = scrub.without_members(before, places)
-        if held or state is not before:
+        state, held = without_rows(before, keeps, places)
+        if state is not before:
             new = self._write_prior(state)
             con.execute("UPDATE prior SET digest = ? WHERE digest = ?", (new, name))
         return held
@@ -704,7 +704,7 @@ class SqliteStore(Database):
             if number != wanted:
                 break
             inputs = self._input_layout(con, layout)
-            _require_digest(inputs.spec, (data,), check)
+            require_digest(inputs.spec, (data,), check)
             gathering.put(inputs, data, self._state(con, row))
         missing = len(states) - len(gathering.states)
         if missing:
@@ -717,7 +717,7 @@ class SqliteStore(Database):
     def _state(self, con: sqlite3.Connection, row: Sequence[Any]) -> codec.State:
         """Of the columns ``_WHOLE``, checked."""
         layout = self._state_layout(con, row[0])
-        _require_digest(layout.spec, row[2:], row[1])
+        require_digest(layout.spec, row[2:], row[1])
         return codec.State.of(layout, row[2:])
 
     def _spec(self, con: sqlite3.Connection, number: int) -> str:
@@ -766,7 +766,7 @@ class SqliteStore(Database):
             if row is None or row[1] == _ERASED:
                 raise ValueError(f"no version has an item {item}; store.items() lists them")
             layout = self._input_layout(con, row[0])
-            _require_digest(layout.spec, (row[2],), row[1])
+            require_digest(layout.spec, (row[2],), row[1])
             return layout.value(row[2])
 
     def items(
@@ -841,7 +841,7 @@ class SqliteStore(Database):
             parts.append(f"c.layout IN {_CHOSEN}")
             values.append(json.dumps(self._kinds(con, where.kind)))
         if where.text is not None:
-            text = _utf8(where.text, "the text")
+            text = utf8(where.text, "the text")
             parts.append(
                 f"instr(s.name, ?) OR instr(s.note, ?) OR (c.layout IN {_CHOSEN} AND "
                 "instr(c.input, ?))"
@@ -907,8 +907,8 @@ class SqliteStore(Database):
         if odd:
             raise TypeError(f"expected item numbers (int) or ids (str), got {odd[0]!r}")
         salt = self._salt
-        names = {name: _utf8(name, "an id") for name in wanted if isinstance(name, str)}
-        tags = json.dumps([_tag(salt, name) for name in names.values()])
+        names = {name: utf8(name, "an id") for name in wanted if isinstance(name, str)}
+        tags = json.dumps([tag_of(salt, name) for name in names.values()])
         rows = con.execute(
             f"SELECT s.name, s.item FROM state s WHERE s.tag IN {_CHOSEN} AND s.digest != ?",
             (tags, _ERASED),
@@ -984,7 +984,7 @@ class SqliteStore(Database):
     def forgotten(self, id: str) -> Tombstone | None:
         """See ``MemoryStore.forgotten``."""
         with self._reading() as con:
-            name = _hash(self._salt, _utf8(id, "an id"))
+            name = hash_id(self._salt, utf8(id, "an id"))
             row = con.execute(
                 "SELECT t.version, v.time FROM tombstone t LEFT JOIN version v ON "
                 "v.number = t.version WHERE t.hash = ?",
@@ -1019,7 +1019,7 @@ class SqliteStore(Database):
                 return "" if blank else "is half erased"
             try:
                 form = layout()
-                _require_digest(form.spec, columns, digest)
+                require_digest(form.spec, columns, digest)
                 if isinstance(form, codec.InputLayout):
                     form.require(*columns)
                 else:
@@ -1129,47 +1129,6 @@ class _Heads(dict[int, Any]):
         return head
 
 
-@dataclass(frozen=True)
-class _Known:
-    """An item of today, as ``save_prior`` finds it again."""
-
-    item: int
-    state: int
-    digest: bytes
-    name: str
-    note: str
-    scores: dict[str, float]
-
-
-class _Today:
-    """Items of today by the digest of their input and their place; each is taken once."""
-
-    def __init__(self, rows: Iterable[Sequence[Any]]) -> None:
-        self.states: set[int] = set()
-        self._known: dict[tuple[bytes, bytes, bytes], list[_Known]] = {}
-        for content, task, origin, item, state, digest, name, note, scores in rows:
-            self.states.add(state)
-            known = _Known(
-                item, state, digest, codec.decoded(name), codec.decoded(note), codec.parse(scores)
-            )
-            self._known.setdefault((content, task, origin), []).append(known)
-
-    @classmethod
-    def of(cls, con: sqlite3.Connection) -> _Today:
-        return cls(
-            con.execute(
-                "SELECT c.digest, s.task, s.origin, s.item, s.id, s.digest, s.name, s.note, "
-                "s.scores FROM life l CROSS JOIN state s ON s.id = l.state CROSS JOIN content c "
-                "ON c.id = l.item WHERE l.died IS NULL ORDER BY l.item DESC"
-            )
-        )
-
-    def take(self, content: bytes, task: bytes, origin: bytes) -> _Known | None:
-        known = self._known.get((content, task, origin))
-        return known.pop() if known else None
-
-
-_BETWEEN = re.compile(rb"[\s,;()\[\]{}<>'\"]+")  # words of a message
 _ALIVE = "l.born <= ? AND (l.died IS NULL OR l.died > ?)"
 _CHOSEN = "(SELECT value FROM json_each(?))"
 
@@ -1202,123 +1161,15 @@ def _is_own(name: str) -> bool:
     return name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", GUARD) or _is_prior(name)
 
 
-def _hash(salt: bytes, name: bytes) -> bytes:
-    """Of an id; the salt makes hashes of two stores differ."""
-    return hashlib.blake2b(name, digest_size=16, key=salt).digest()
-
-
-def _hash_content(salt: bytes, digest: bytes) -> bytes:
-    """Of an input, by its digest; never that of an id."""
-    return hashlib.blake2b(digest, digest_size=16, key=salt, person=b"input").digest()
-
-
-def _tag(salt: bytes, name: bytes) -> int:
-    """An id's place in the index: 63 bits of its hash."""
-    return int.from_bytes(_hash(salt, name)[:8], "big") >> 1
-
-
-class _Mark(NamedTuple):
-    """By which something that was forgotten is known again. refused: where its tombstone is."""
-
-    hash: bytes
-    name: str
-    refused: bool
-
-
-def _marks(
-    salt: bytes,
-    memory: Memory,
-    names: Sequence[str],
-    contents: Sequence[tuple[codec.InputLayout, bytes]],
-    fresh: Sequence[bool] | None = None,
-) -> list[_Mark]:
-    """Of items that are about to be written: id, place and input; not of those there already.
-
-    The place ("task:origin") is not refused under an id of the user's own, as it need not be
-    theirs; readmitting takes its tombstone away as well.
-    """
-    found = []
-    for i, (name, place) in enumerate(zip(names, _default_ids(memory), strict=True)):
-        if fresh is None or fresh[i]:
-            layout, data = contents[i]
-            content = _hash_content(salt, codec.digest(layout.spec, data))
-            found.append(_Mark(_hash(salt, name.encode()), repr(name), True))
-            found.append(_Mark(_hash(salt, place.encode()), repr(place), False))
-            found.append(_Mark(content, f"the input of {name!r}", True))
-    return found
-
-
-def _tombstones(salt: bytes, names: Set[bytes], match: scrub.Match) -> list[bytes]:
-    """Hashes of what must not come back: ids, the ids that the items have by default, inputs.
-
-    A prior holds no ids, so one that was kept elsewhere is known by places and inputs alone.
-    """
-    ids = set(names) | {default_id(*place).encode() for place in match.places}
-    hashes = {_hash(salt, name) for name in ids}
-    return sorted(hashes | {_hash_content(salt, digest) for digest in match.digests})
-
-
-def _forgotten_error(mark: _Mark, version: int) -> ForgottenError:
-    return ForgottenError(
-        f"{mark.name} was forgotten in version {version}; leave it out (of a prior: prior.forget), "
-        "or pass readmit=True if it may be kept again"
-    )
-
-
-def _utf8(text: str, what: str) -> bytes:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} must be text, got {type(text).__name__}")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} must be text that UTF-8 can write, got {text!r}") from error
-
-
-def _mentions(message: bytes, names: Set[bytes]) -> bool:
-    """Whether a message names one of the ids, as a word; ids of several words as a part.
-
-    One look-up a word, however many ids there are.
-    """
-    words = {part.strip(b".:!?") for part in _BETWEEN.split(message)}
-    several = [name for name in names if _BETWEEN.search(name)]
-    return not names.isdisjoint(words - {b""}) or any(name in message for name in several)
-
-
-def _default_ids(memory: Memory) -> list[str]:
-    places = zip(memory.task.tolist(), memory.origin.tolist(), strict=True)
-    return [default_id(task, origin) for task, origin in places]
-
-
 def _version_digest(number: int, when: Any, kind: Any, message: Any) -> bytes:
     return hashlib.sha256(repr((number, when, kind, message)).encode()).digest()
 
 
-def _require_digest(spec: str, columns: Sequence[Any], expected: Any) -> None:
-    whole = {*map(type, columns)} == {bytes}
-    if not whole or codec.digest(spec, *columns) != expected:
-        raise StoreDamagedError(
-            "an item's bytes are not those that were written; restore the store from a copy, "
-            "store.verify() tells which"
+def _today(con: sqlite3.Connection) -> Today:
+    return Today(
+        con.execute(
+            "SELECT c.digest, s.task, s.origin, s.item, s.id, s.digest, s.name, s.note, "
+            "s.scores FROM life l CROSS JOIN state s ON s.id = l.state CROSS JOIN content c "
+            "ON c.id = l.item WHERE l.died IS NULL ORDER BY l.item DESC"
         )
-
-
-def _memory_of(holder: Mapping[str, Any]) -> Memory:
-    return Memory.from_state_dict(holder["memory"])
-
-
-def _is_reference(value: Any) -> bool:
-    """Whether a dict stands for a memory whose rows are in the database."""
-    return isinstance(value, Mapping) and value.keys() == {"rows", "head", "heads", "empty"}
-
-
-def _refer(holder: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The dict round a memory with the states' numbers in its place."""
-    memory = holder["memory"]
-    none = torch.zeros(len(rows), dtype=torch.bool)
-    reference = {
-        "rows": torch.tensor(rows, dtype=torch.int64),
-        "head": memory["head"],
-        "heads": memory["heads"],
-        "empty": scrub.select({"memory": memory}, none)["memory"],
-    }
-    return {**holder, "memory": reference}
+    )
