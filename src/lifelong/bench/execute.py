@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+import json
 import multiprocessing
 import os
 import shutil
@@ -22,6 +24,7 @@ import torch
 
 from .. import runs
 from . import record
+from .source import fingerprint
 from .table import Cell, Context, Table
 
 _REPORT_EVERY = 0.5  # seconds
@@ -139,7 +142,9 @@ class Place:
     smoke: bool
 
     def context(self, cell: Cell, report: Callable[[float], None]) -> Context:
-        folder = self.out / record.WORK / record.stem(self.table, cell)
+        of = json.dumps([self.table.definition(cell.method), fingerprint()], sort_keys=True)
+        other = hashlib.sha256(of.encode()).hexdigest()[:8]  # settings and code start anew
+        folder = self.out / record.WORK / f"{record.stem(self.table, cell)}-{other}"
         folder.mkdir(parents=True, exist_ok=True)
         self.cache.mkdir(parents=True, exist_ok=True)
         return Context(self.cache, folder, self.data, self.smoke, report)
