@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
 
-from lifelong import runs
+from lifelong import cli, runs
 from lifelong.bench import record
 from lifelong.bench.execute import Running, Status, execute, seconds_left
 from lifelong.bench.table import Cell, Context, Goal, Method, Table
@@ -278,3 +282,124 @@ def test_running_cells_tell_of_their_row() -> None:
     other = Cell("t", "a", 7, 0)
     assert seconds_left([other], [], {A[0]: 10.0, B[0]: 4.0}, 1) == 10
     assert seconds_left([Cell("t", "c", 0, 0)], [], {A[0]: 10.0, B[0]: 4.0}, 1) == 7
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """(exit code, standard output, standard error) of ``lifelong bench ...`` in this process."""
+    monkeypatch.delenv("LIFELONG_DATA", raising=False)
+    monkeypatch.setattr(
+        "lifelong.bench.tables.tables", lambda: {"toy": TOY, "breaks": BREAKS_NAMED}
+    )
+
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        code = cli.main(["bench", *(str(a) for a in args)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+BREAKS_NAMED = replace(BREAKS, name="breaks", needs_data=True)
+
+
+def test_without_a_name_it_lists_the_tables(command: Command) -> None:
+    code, out, err = command()
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["table", "toy", "breaks"]
+
+
+def test_a_table_from_the_command_line(command: Command, tmp_path: Path) -> None:
+    args = ("toy", "--out", tmp_path / "out", "--jobs", "0", "--seeds", "2")
+    code, out, err = command(*args, "--methods", "own", "plain")
+    assert code == 0
+    assert "5/6 own, memory 2, seed 1: accuracy 0.6020, 0.0 s" in err
+    assert "55.20 ± 5.00" in out
+    assert command(*args, "--json", "--quiet", "--memories", "4")[2] == ""
+    code, out, err = command(*args, "--json", "--quiet")
+    summary = json.loads(out)
+    assert summary["out"] == str(tmp_path / "out")
+    assert [len(row["seeds"]) for row in summary["rows"]] == [2] * 6  # own at 1, 2 and 4
+
+
+def test_a_failure_is_told(command: Command, tmp_path: Path) -> None:
+    args = ("breaks", "--out", tmp_path / "out", "--jobs", "0", "--seeds", "1", "--data", tmp_path)
+    code, out, err = command(*args, "--redo", "breaks")
+    assert code == 1
+    assert "breaks, seed 0: FAILED, ValueError: no luck in $LIFELONG_DATA" in err
+    assert "0, 1 failed" in out
+    assert err.endswith(f"again with: lifelong bench {' '.join(map(str, args))}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tyo"], "no table 'tyo'; did you mean 'toy'?"),
+        (["toy", "--methods", "pln"], "did you mean 'plain'?"),
+        (["breaks"], "give --data DIR"),
+        (["toy", "--seeds", "0"], "seeds must be at least 1"),
+        (["toy", "--jobs", "-1"], "jobs must be at least 0"),
+        (["toy", "--memories", "0"], "memories must be at least 1"),
+        (["--seeds", "3"], "which table?"),
+    ],
+)
+def test_mistakes_say_what_is_right(
+    command: Command, tmp_path: Path, args: list[str], message: str
+) -> None:
+    code, out, err = command(*args, "--quiet", "--out", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_interrupted_table_ends_its_workers_and_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C once, a kill once; then the same numbers as without."""
+    base = [sys.executable, "-m", "lifelong", "bench", "split-digits", "--smoke", "--jobs", "2"]
+    methods = ["--methods", "finetune", "ewc", "fromp", "derpp", "--out"]
+    out = tmp_path / "out"
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*base, *methods, str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for(pattern: str) -> None:
+        end = time.monotonic() + 60
+        while not list(out.glob(pattern)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def wait_for_the_end_of_all(process: subprocess.Popen[str]) -> None:
+        end = time.monotonic() + 60
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(process.pid, 0)
+                time.sleep(0.02)
+
+    process = start()
+    wait_for("work/ewc*")
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    told = err.strip().splitlines()[-1]
+    assert told == "Interrupted. Go on with: " + " ".join(
+        ["lifelong", *base[3:], *methods, str(out)]
+    )
+    wait_for_the_end_of_all(process)
+    before = len(list(out.glob("cells/*")))
+    assert before < 4
+
+    process = start()
+    wait_for("work/derpp*")
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for_the_end_of_all(process)  # workers whose parent is gone end by themselves
+
+    chosen = {"methods": ["finetune", "ewc", "fromp", "derpp"], "smoke": True, "jobs": 0}
+    found = execute(table("split-digits"), out, **chosen)  # type: ignore[arg-type]
+    whole = execute(table("split-digits"), tmp_path / "whole", **chosen)  # type: ignore[arg-type]
+    assert untimed(found) == untimed(whole)
+    assert not (out / "work").exists()
