@@ -71,9 +71,7 @@ class StreamRun:
         chosen = benchmark(self.benchmark)
         stream = self.stream(context)
         training = self.training_of(method, context.smoke)
-        prior = PRESETS[method.preset](
-            Categorical(), **arguments(method.preset, method.settings, cell.memory, len(stream))
-        )
+        prior = self.prior_of(method, cell.memory, len(stream))
         seed = self.first_seed + cell.seed
 
         def make_learner(prior: Prior) -> Learner:
@@ -100,6 +98,11 @@ class StreamRun:
         if context.smoke:
             stream = reduced(stream[: self.smoke_tasks], self.smoke_examples)
         return held_out(stream, self.validation) if self.validation else stream
+
+    def prior_of(self, method: Method, memory: int, num_tasks: int) -> Prior:
+        """What the row's preset gives at ``memory`` examples of each task."""
+        given = arguments(method.preset, method.settings, memory, num_tasks)
+        return PRESETS[method.preset](Categorical(), **given)
 
     def training_of(self, method: Method, smoke: bool = False) -> Training:
         """The table's training with the method's changes."""
