@@ -217,17 +217,15 @@ def summarise(table: Table, cells: Iterable[Mapping[str, Any]]) -> dict[str, Any
     }
     rows = []
     for method, memory in _row_names(table, cells):
-        mine = [c for c in done if (c["method"], c["memory"]) == (method, memory)]
-        failed = [
-            c
-            for c in cells
-            if c["status"] == "failed" and (c["method"], c["memory"]) == (method, memory)
-        ]
+        row = [c for c in cells if (c["method"], c["memory"]) == (method, memory)]
+        mine = [c for c in row if c["status"] == "done"]
+        failed = [c for c in row if c["status"] == "failed"]
         results = [{**c["result"], **_compared(c, references)} for c in mine]
         rows.append(
             {
                 "method": method,
                 "memory": memory,
+                "preset": row[0]["definition"]["preset"],
                 "seeds": [c["seed"] for c in mine],
                 "revisions": sorted({c["revision"] or "unknown" for c in mine}),
                 **{name: over_seeds(values) for name, values in _numbers(results)},
