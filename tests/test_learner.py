@@ -55,6 +55,10 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> Any:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
+def jitter(inputs: Any, generator: torch.Generator | None) -> Any:
+    return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
+
+
 CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
     "ewc": (lifelong.ewc(Categorical()), (), {}),
     "mc ewc": (lifelong.ewc(Categorical(), estimator="mc"), (), {}),
@@ -65,6 +69,7 @@ CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
     "batch norm": (lifelong.kprior(Categorical(), memory=4), (nn.BatchNorm1d(16),), {}),
     "scheduler": (lifelong.derpp(Categorical(), memory=6), (), {"scheduler": cosine, "clip": 1.0}),
     "autocast": (lifelong.kprior(Categorical(), memory=4), (), {"autocast": torch.bfloat16}),
+    "augment": (lifelong.kprior(Categorical(), memory=4), (), {"augment": jitter, "min_steps": 7}),
     "separate": (lifelong.separate(Categorical()), (), {}),
     "joint": (lifelong.joint(Categorical()), (nn.BatchNorm1d(16),), {}),
 }
@@ -474,6 +479,7 @@ def test_weights_that_blow_up_in_the_last_step_are_noticed():
         ({"epochs": 0}, "epochs and batch_size must be at least 1, got 0 and 64"),
         ({"batch_size": 0}, "at least 1, got 1 and 0"),
         ({"memory_batch_size": 0}, "memory_batch_size must be at least 1, or None for all, got 0"),
+        ({"min_steps": -1}, "min_steps must be at least 0, got -1"),
         ({"clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
     ],
 )

@@ -95,6 +95,29 @@ class TestParquetImages:
         assert x.shape == (3, 1, 4, 5)
         assert torch.equal(x[2], torch.full((1, 4, 5), 0.2))
 
+    def test_as_they_are(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.parquet", {"image": cells(COLOUR), "label": LABELS})
+        x = torch.as_tensor(load(path, dtype=torch.uint8).inputs)
+        assert x.dtype == torch.uint8
+        assert torch.equal(x, torch.from_numpy(COLOUR).permute(0, 3, 1, 2))
+        with pytest.raises(ValueError, match=r"float32 or torch\.uint8, got torch\.int64"):
+            load(path, dtype=torch.int64)
+
+    def test_some_classes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lifelong.readers._CHUNK", 2)
+        images = cells(COLOUR)
+        images[0]["bytes"] = b"not looked at"
+        path = write(tmp_path / "a.parquet", {"image": images, "label": LABELS})
+        data = load(path, classes={1, 2})
+        assert data.labels.tolist() == [1, 2, 1, 2]
+        kept = COLOUR[[1, 2, 4, 5]]
+        expected = torch.from_numpy(kept).permute(0, 3, 1, 2).float() / 255
+        assert torch.equal(torch.as_tensor(data.inputs), expected)
+        with pytest.raises(ValueError, match=r"a\.parquet, row 0: "):
+            load(path, classes={0})
+        with pytest.raises(ValueError, match="no rows of these classes"):
+            load(path, classes=[7])
+
     def test_class_names(self, tmp_path: Path) -> None:
         names = ["cat", "dog", "owl"]
         path = write(tmp_path / "a.parquet", {"image": cells(GREY), "label": LABELS}, names)

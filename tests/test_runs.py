@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,10 +15,18 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lifelong import runs
-from lifelong.benchmarks import BENCHMARKS, benchmark, make_optimizer, make_scheduler, mlp
+from lifelong.augment import AUGMENTATIONS
+from lifelong.benchmarks import (
+    BENCHMARKS,
+    benchmark,
+    learner_options,
+    make_optimizer,
+    make_scheduler,
+)
 from lifelong.budget import Bytes, parse
 from lifelong.config import (
     BenchmarkName,
@@ -31,7 +40,7 @@ from lifelong.config import (
     flags_of,
 )
 from lifelong.errors import CheckpointError
-from lifelong.learner import CHECKPOINT
+from lifelong.learner import CHECKPOINT, Progress
 from lifelong.presets import PRESETS
 
 
@@ -90,6 +99,7 @@ def test_every_preset_has_a_plan(name: Any) -> None:
         ({"threads": 0}, "threads must be at least 1"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"min_steps": -1}, "min_steps must be at least 0"),
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"momentum": 1.0}, "momentum must lie in"),
     ],
@@ -161,6 +171,24 @@ def test_training_flags_override_and_inf_unclips() -> None:
     assert tiny().applied(base) == replace(base, epochs=2, batch_size=100)
     assert tiny(clip=float("inf")).applied(base).clip is None
     assert tiny(autocast=True).applied(base).autocast
+    changed = tiny(augment="shift", min_steps=7).applied(base)
+    assert (changed.augment, changed.min_steps) == ("shift", 7)
+    options = learner_options(changed)
+    assert (options["augment"], options["min_steps"]) == (AUGMENTATIONS["shift"], 7)
+    assert learner_options(base)["augment"] is None
+
+
+@pytest.mark.parametrize("prior", ["finetune", "joint"])
+def test_small_tasks_get_more_epochs(tmp_path: Path, prior: Any) -> None:
+    """The plan knows how many; joint has the past beside each task."""
+    plan = runs.prepare(tiny(prior=prior, epochs=1, batch_size=100, min_steps=25))
+    first, second = (len(task) for task in plan.stream)
+    assert (first, second) == (489, 511)  # in batches of 100: 5 and 6 steps, 10 together
+    assert plan.epochs == ((5, 5) if prior == "finetune" else (5, 3))
+    seen: list[Progress] = []
+    runs.execute(plan, watch=lambda event: seen.append(event.progress))
+    assert {p.task: p.epochs for p in seen} == dict(enumerate(plan.epochs))
+    assert len({(p.task, p.epoch) for p in seen}) == plan.steps
 
 
 @pytest.mark.parametrize("schedule", ["constant", "one-cycle", "cosine"])
@@ -183,10 +211,38 @@ def test_optimizers_and_schedules(optimizer: Any, schedule: Any) -> None:
     assert rates[-1] < 0.05
 
 
-def test_mlp_has_no_activation_on_its_outputs() -> None:
-    assert [type(layer) for layer in mlp(4, 3, 2)] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+def test_an_unknown_benchmark_has_a_suggestion() -> None:
     with pytest.raises(ValueError, match="did you mean 'split-mnist'"):
         benchmark("split-minst")
+
+
+def test_split_cifar_t_is_cifar_and_the_first_fifty_tiny_classes(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write(name: str, labels: range, side: int) -> None:
+        cells = []
+        for label in labels:
+            buffer = io.BytesIO()
+            Image.new("RGB", (side, side), (label, 0, 0)).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        parquet.write_table(
+            pa.table({"image": cells, "label": list(labels)}), tmp_path / f"{name}.parquet"
+        )
+
+    for split, part in (("train", "train-part0"), ("test", "val")):
+        write(f"cifar10_jpegq75-{split}", range(10), 32)
+        write(f"tiny_imagenet-{part}", range(53), 64)
+    stream = benchmark("split-cifar-t").make_stream(tmp_path, "task")
+    assert stream.num_outputs == 60
+    for index, task in enumerate(stream):
+        assert task.head == tuple(range(10 * index, 10 * index + 10))
+        for data in (task.train, task.test):
+            assert data is not None
+            x = torch.as_tensor(data.inputs)
+            assert (x.shape, x.dtype) == ((10, 3, 32, 32), torch.uint8)
+            red = data.labels - (10 if index else 0)  # a colour for each class of its file
+            assert torch.equal(x[:, 0, 7, 9].long(), red)
 
 
 # Files --------------------------------------------------------------------------------------------

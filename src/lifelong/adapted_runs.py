@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .benchmarks import learner_options, mlp
+from .benchmarks import learner_options
 from .certificate import certify_removal, load_private_key
 from .checkpoint import dumps, write
 from .checkpoint import load as load_checkpoint
@@ -43,6 +43,7 @@ from .likelihoods import Categorical
 from .memory import remember
 from .metrics import evaluate
 from .models import concat, device_of, rows
+from .networks import mlp
 from .prior import Prior
 from .readers import load
 from .recipe import Recipe

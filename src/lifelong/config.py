@@ -18,7 +18,14 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from . import budget
 
-BenchmarkName = Literal["split-digits", "split-mnist", "permuted-mnist", "fromp-toy", "two-moons"]
+BenchmarkName = Literal[
+    "split-digits",
+    "split-mnist",
+    "permuted-mnist",
+    "split-cifar-t",
+    "fromp-toy",
+    "two-moons",
+]
 PresetName = Literal[
     "finetune",
     "weight_decay",
@@ -39,6 +46,7 @@ PresetName = Literal[
 Scenario = Literal["task", "class", "domain"]
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "one-cycle", "cosine"]
+Augmentation = Literal["none", "crop-flip", "shift"]
 
 
 class UsageError(ValueError):
@@ -51,7 +59,9 @@ class Training:
 
     memory_batch_size: remembered examples in each step; None takes all. clip: largest norm of the
     gradient of the loss, in nats per example; None clips nothing. momentum: of SGD. schedule: of
-    the learning rate over one task. autocast: bfloat16 where torch thinks it safe.
+    the learning rate over one task. autocast: bfloat16 where torch thinks it safe. augment: of
+    images in training, new and remembered (``lifelong.augment``). min_steps: a task too small for
+    as many steps in ``epochs`` passes is passed over more often; 0 asks for none.
     """
 
     epochs: int = 10
@@ -63,6 +73,8 @@ class Training:
     clip: float | None = None
     schedule: Schedule = "constant"
     autocast: bool = False
+    augment: Augmentation = "none"
+    min_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "memory_batch_size"):
@@ -73,6 +85,8 @@ class Training:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} must be a positive number, got {value}")
+        if self.min_steps < 0:
+            raise UsageError(f"min_steps must be at least 0, got {self.min_steps}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum must lie in [0, 1), got {self.momentum}")
 
@@ -134,6 +148,7 @@ _Float = Annotated[float | None, _number(float, "FLOAT", "a number")]
 _ScenarioFlag = Annotated[Scenario | None, _choice(*get_args(Scenario)), _BENCHMARKS]
 _OptimizerFlag = Annotated[Optimizer | None, _choice(*get_args(Optimizer)), _BENCHMARKS]
 _ScheduleFlag = Annotated[Schedule | None, _choice(*get_args(Schedule)), _BENCHMARKS]
+_AugmentFlag = Annotated[Augmentation | None, _choice(*get_args(Augmentation)), _BENCHMARKS]
 _SettingFlags = Annotated[
     UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE"), _default("none")
 ]
@@ -186,6 +201,11 @@ class Overrides:
     """Largest norm of the gradient, in nats per example; inf clips nothing."""
     schedule: _ScheduleFlag = None
     """Of the learning rate, over each task."""
+    augment: _AugmentFlag = None
+    """Images changed at random in training; crop-flip: moved by up to an eighth of a side, and \
+mirrored; shift: moved by up to a fourteenth."""
+    min_steps: Annotated[_Int, _BENCHMARKS] = None
+    """Steps that a small task gets at least, by more epochs."""
     autocast: bool = False
     """Mixed precision: bfloat16."""
     threads: int = 1

@@ -75,8 +75,10 @@ class _Bar:
         if at.task == 0:
             self.accuracy = ""  # that of another seed
         done = (
-            plan.config.seed_list.index(event.seed) * len(plan.stream) + at.task
-        ) * at.epochs + at.epoch
+            plan.config.seed_list.index(event.seed) * sum(plan.epochs)
+            + sum(plan.epochs[: at.task])
+            + at.epoch
+        )
         if self.id is None:
             # A run that was resumed starts its clock here, not at the first seed.
             self.id = self.progress.add_task(text, total=plan.steps, completed=done)

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .augment import Augment
 from .curvature.follow import followed
 from .data import Examples, Head, head_mask
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, evaluate
-from .models import evaluating, forward, move, parameters, require_finite, rows, snapshot
+from .models import Inputs, evaluating, forward, move, parameters, require_finite, rows, snapshot
 from .path import PathIntegral
 from .prior import Prior
 from .refit import Refit, refit, steps_of_removal
@@ -56,6 +57,11 @@ def adam(lr: float = 1e-3) -> MakeOptimizer:
     return lambda params: torch.optim.Adam(params, lr=lr)
 
 
+def passes(count: int, *, epochs: int, batch_size: int, min_steps: int = 0) -> int:
+    """Epochs over a task of ``count`` examples: ``epochs``, or as many as make ``min_steps``."""
+    return max(epochs, -(-min_steps // -(-count // batch_size)))
+
+
 class Learner:
     """Learns tasks one after another under a prior.
 
@@ -63,7 +69,9 @@ class Learner:
     task. scheduler: (optimizer, number of steps) -> a scheduler stepped after each batch.
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
-    seed: of the order of the data and of every draw from memory.
+    augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
+    task that makes fewer in ``epochs`` passes gets more of them.
+    seed: of the order of the data, of augmentation and of every draw from memory.
     """
 
     def __init__(
@@ -78,6 +86,8 @@ class Learner:
         memory_batch_size: int | None = None,
         clip: float | None = None,
         autocast: torch.dtype | None = None,
+        augment: Augment | None = None,
+        min_steps: int = 0,
         seed: int = 0,
     ) -> None:
         if epochs < 1 or batch_size < 1:
@@ -88,12 +98,15 @@ class Learner:
             raise ValueError(
                 f"memory_batch_size must be at least 1, or None for all, got {memory_batch_size}"
             )
+        if min_steps < 0:
+            raise ValueError(f"min_steps must be at least 0, got {min_steps}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
         self.model, self.prior = model, prior
         self.optimizer, self.scheduler = optimizer or adam(), scheduler
         self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
         self.clip, self.autocast = clip, autocast
+        self.augment, self.min_steps = augment, min_steps
         self.generator = torch.Generator().manual_seed(seed)
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
@@ -432,7 +445,8 @@ class Learner:
             pool = self._pool(data) if reference == "joint" else None
             count = len(data) if pool is None else len(pool.memory)
             optimizer = self.optimizer(params)
-            steps = self.epochs * -(-count // self.batch_size)
+            epochs = self.epochs_of(count)
+            steps = epochs * -(-count // self.batch_size)
             scheduler = None if self.scheduler is None else self.scheduler(optimizer, steps)
             path = None
             if prior.recipe.structure == "path":
@@ -448,7 +462,7 @@ class Learner:
                     path.load_state_dict(within["path"])
                 first, start = within["epoch"], start - within["seconds"]
             with path if path is not None else nullcontext():
-                for epoch in range(first, self.epochs):
+                for epoch in range(first, epochs):
                     loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
                     seconds = time.perf_counter() - start
                     self._within = {
@@ -458,12 +472,21 @@ class Learner:
                         "epoch": epoch + 1,
                         "seconds": seconds,
                     }
-                    yield Progress(len(self.accuracy), epoch + 1, self.epochs, loss, seconds)
+                    yield Progress(len(self.accuracy), epoch + 1, epochs, loss, seconds)
         except Exception:
             undo()
             raise
         self._within = None
         self.seconds += time.perf_counter() - start
+
+    def epochs_of(self, count: int) -> int:
+        """Passes over a task of ``count`` examples."""
+        return passes(
+            count, epochs=self.epochs, batch_size=self.batch_size, min_steps=self.min_steps
+        )
+
+    def _augmented(self, inputs: Inputs) -> Inputs:
+        return inputs if self.augment is None else self.augment(inputs, self.generator)
 
     def _undo(self) -> Callable[[], None]:
         """What puts everything that ``fit`` changes back to where it is now."""
@@ -522,11 +545,12 @@ class Learner:
                         num_data=count,
                         head=data.head,
                         batch_size=self.memory_batch_size,
+                        augment=None if self.augment is None else self._augmented,
                         generator=self.generator,
                     )
                 else:
                     drawn = pool.memory[index].to(device)
-                    f = forward(self.model, drawn.inputs)
+                    f = forward(self.model, self._augmented(drawn.inputs))
                     nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
                     loss = nats / len(index) + prior.weight_space(self.model) / count
             if not torch.isfinite(loss):

@@ -151,6 +151,7 @@ class Prior:
         num_data: int,
         head: Head | None = None,
         batch_size: int | None = None,
+        augment: Callable[[Inputs], Inputs] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """mean nll of the batch + prior / num_data: nats per example, in one forward pass.
@@ -158,6 +159,11 @@ class Prior:
         The same as ``nll.mean() + prior(model, ...) / num_data``, with new data and memory in one
         batch. A model with modules that act differently in training (dropout, batch
         normalisation) takes two passes, so that the memory is still read in eval mode.
+
+        augment: changes both kinds of inputs for this step. A remembered input then answers for
+        the soft label of the unchanged one, as in Daxberger et al. 2023: beliefs and g are of the
+        inputs as they are, and with the labels of changed ones either would have to be sampled.
+        What kernels couple is never changed: their means are of one input each.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
         another type, and for a num_data that is not positive; StaleAnchorError as calling the
         prior does.
@@ -168,6 +174,12 @@ class Prior:
             )
         drawn, n = self._draw(batch_size, generator), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
+        if augment is not None:
+            inputs = augment(inputs)
+            remembered = [
+                x if isinstance(term, KernelTerm) else augment(x)
+                for (term, _), x in zip(drawn, remembered, strict=True)
+            ]
         if not drawn or _mode_matters(model):
             f_new = forward(model, inputs)
             if drawn:

@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -37,7 +39,7 @@ from .budget import Bytes, Fidelity, parse, plain
 from .checkpoint import write
 from .config import RunConfig, Scenario, Training, UsageError, suggestion
 from .errors import CheckpointError
-from .learner import CHECKPOINT, Learner, Progress
+from .learner import CHECKPOINT, Learner, Progress, passes
 from .likelihoods import Categorical
 from .metrics import mean_and_standard_error
 from .models import nbytes
@@ -94,7 +96,16 @@ class Plan:
     @property
     def steps(self) -> int:
         """Epochs over all tasks and seeds."""
-        return self.training.epochs * len(self.stream) * self.config.experiment.seeds
+        return sum(self.epochs) * self.config.experiment.seeds
+
+    @cached_property
+    def epochs(self) -> tuple[int, ...]:
+        """Epochs of each task."""
+        sizes = [len(task) for task in self.stream]
+        if self.make_prior().recipe.reference == "joint":
+            sizes = list(accumulate(sizes))
+        how = {name: getattr(self.training, name) for name in ("epochs", "batch_size", "min_steps")}
+        return tuple(passes(size, **how) for size in sizes)
 
     def make_prior(self) -> Prior:
         """A prior that has seen nothing yet."""
@@ -122,7 +133,7 @@ def prepare(config: RunConfig) -> Plan:
         )
     if chosen.needs_data and experiment.data is None:
         raise UsageError(
-            f"{chosen.name} reads data: give --data DIR, the folder with the MNIST files (or set "
+            f"{chosen.name} reads data: give --data DIR, the folder with its files (or set "
             "LIFELONG_DATA). split-digits needs no files"
         )
     settings = chosen.settings(experiment.prior)

@@ -1,0 +1,147 @@
+"""Augmentation of whole batches: against a loop over images, and what must not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lifelong
+from lifelong import Categorical, Examples, Learner
+from lifelong.augment import AUGMENTATIONS, crop_flip, shift
+from lifelong.divergences import KL
+from lifelong.streams import Task
+
+SIZES = st.tuples(*(st.integers(1, n) for n in (5, 3, 18, 18)))
+
+
+def images(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def moved(image: Tensor, down: int, right: int, mirror: bool) -> Tensor:
+    """(C, H, W), pixel by pixel: out[y, x] = in[y + down, x' + right], x' mirrored; 0 outside."""
+    _, height, width = image.shape
+    out = torch.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            row, column = y + down, (width - 1 - x if mirror else x) + right
+            if 0 <= row < height and 0 <= column < width:
+                out[:, y, x] = image[:, row, column]
+    return out
+
+
+@given(SIZES, st.integers(0, 99), st.sampled_from(sorted(AUGMENTATIONS)))
+def test_each_image_is_one_of_the_moves_of_itself(shape, seed, name):
+    x = images(shape, seed)
+    part, mirrors = {"crop-flip": (8, (False, True)), "shift": (14, (False,))}[name]
+    down, right = shape[2] // part, shape[3] // part
+    got = AUGMENTATIONS[name](x, torch.Generator().manual_seed(seed))
+    assert isinstance(got, Tensor)
+    assert (got.shape, got.dtype) == (x.shape, x.dtype)
+    for image, changed in zip(x, got, strict=True):
+        assert any(
+            torch.equal(changed, moved(image, i, j, mirror))
+            for i in range(-down, down + 1)
+            for j in range(-right, right + 1)
+            for mirror in mirrors
+        )
+
+
+def test_every_move_occurs_and_the_images_are_drawn_apart():
+    x = images((1, 1, 8, 8)).expand(600, 1, 8, 8)
+    got = torch.as_tensor(crop_flip(x, torch.Generator().manual_seed(0)))
+    _, counts = got.unique(dim=0, return_counts=True)
+    assert len(counts) == 3 * 3 * 2  # one pixel of eight, either way, mirrored or not
+    assert counts.min() > 10  # 33 are expected
+
+
+def test_the_generator_decides_and_only_it():
+    x = images((20, 3, 16, 16))
+    first, again, other = (
+        torch.as_tensor(crop_flip(x, torch.Generator().manual_seed(s))) for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    crop_flip(x, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
+    shift(x)  # no generator: torch's own
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(2, 4), {"x": torch.zeros(2, 1, 4, 4)}])
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values())
+def test_only_images_are_augmented(inputs: Any, augment: Any):
+    with pytest.raises(ValueError, match=r"images of shape \(B, C, H, W\) to augment"):
+        augment(inputs, None)
+
+
+# In training --------------------------------------------------------------------------------------
+
+
+def task(n: int = 24) -> Task:
+    x = images((n, 1, 14, 14))
+    return Task(0, "images", Examples(x.float() / 255, torch.arange(n) % 4))
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(196, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def test_new_and_remembered_inputs_change_and_soft_labels_do_not():
+    model, data = network(), task().train
+    prior = lifelong.kprior(Categorical(), memory=6, precision=1e-2).update(model, data)
+    trained = network(1)
+    memory = prior.memory
+    assert memory is not None
+
+    def augment(x: Any) -> Any:
+        return torch.as_tensor(x).flip(3)
+
+    got = prior.loss(trained, data.inputs, data.labels, num_data=24, augment=augment)
+    nll = nn.functional.cross_entropy(trained(augment(data.inputs)), data.labels)
+    f = trained(augment(memory.inputs))
+    past = KL()(Categorical(), model(memory.inputs).detach(), f).sum()
+    assert torch.allclose(got, nll + (prior.weight_space(trained) + past) / 24, rtol=1e-5)
+
+
+def test_kernels_are_of_the_inputs_as_they_are():
+    model, data = network(), task().train
+    prior = lifelong.fromp(Categorical(), memory=6).update(model, data)
+    trained = network(1)
+    loss = {"num_data": 24, "augment": lambda x: torch.as_tensor(x) * 0}
+    got = prior.loss(trained, data.inputs, data.labels, **loss)
+    blank = nn.functional.cross_entropy(trained(torch.zeros(24, 196)), data.labels)
+    assert torch.allclose(got, blank + prior(trained) / 24, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prior", [lifelong.kprior(Categorical(), memory=6)], ids=["kprior"])
+def test_what_is_known_of_the_past_is_of_the_inputs_as_they_are(prior):
+    """Only ``fit`` augments: the same weights give the same prior."""
+    priors = []
+    for augment in (None, shift):
+        learner = Learner(network(), prior, augment=augment, batch_size=8)
+        learner.recall(task(), learner.memorise(task()))
+        priors.append(learner.prior)
+    plain, augmented = (p.memory for p in priors)
+    assert torch.equal(plain.inputs, augmented.inputs)
+    assert torch.equal(plain.reference, augmented.reference)
+
+
+@pytest.mark.parametrize("preset", [lifelong.finetune, lifelong.joint])
+def test_a_learner_augments_what_it_trains_on(preset):
+    weights = []
+    for augment in (None, shift, shift):
+        learner = Learner(network(), preset(Categorical()), augment=augment, batch_size=8)
+        learner.fit(task())
+        weights.append(learner.model[1].weight.detach().clone())
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
