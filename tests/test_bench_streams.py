@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lifelong import Categorical, Examples, Learner, Task, fromp
 from lifelong.bench import record, streams
+from lifelong.bench.execute import Place, next_cell
 from lifelong.bench.streams import held_out, reduced, run_stream, union
 from lifelong.bench.table import Cell, Context, Method, Table
 from lifelong.benchmarks import benchmark
@@ -301,3 +302,21 @@ def test_a_task_without_a_test_cannot_be_measured() -> None:
     learner = Learner(nn.Linear(2, 2), PRESETS["finetune"](Categorical()))
     with pytest.raises(ValueError, match="no test examples"):
         streams._test(learner, Task(0, "a", data))
+
+
+def test_cells_that_would_train_the_same_first_task_are_not_begun_together(tmp_path: Path) -> None:
+    place = Place(TABLE, tmp_path, None, tmp_path, smoke=False)
+    cells = {(c.method, c.seed): c for c in TABLE.cells(seeds=2)}
+    running = [cells["finetune", 0]]
+    waiting = [cells["ewc", 0], cells["fromp", 0], cells["si", 0], cells["ewc", 1]]
+    assert next_cell(place, waiting, []) == cells["ewc", 0]
+    assert next_cell(place, waiting, running) == cells["si", 0]
+    assert next_cell(place, [*waiting[:2], waiting[3]], running) == cells["ewc", 1]
+    assert next_cell(place, waiting[:2], running) is None
+    assert next_cell(place, waiting, [cells["si", 0]]) == cells["ewc", 0]
+    cell(TABLE, "finetune", tmp_path)
+    assert next_cell(place, waiting, running) == cells["ewc", 0]
+    # A row with settings that make no prior fails in its cell, not here.
+    wrong = replace(TABLE, methods=(Method("wrong", "ewc", {"strngth": 1}),))
+    assert next_cell(replace(place, table=wrong), list(wrong.cells(seeds=1)), []) is not None
+    assert next_cell(replace(place, table=replace(TABLE, run=cell)), waiting, running) is not None

@@ -87,12 +87,25 @@ class StreamRun:
             learner = make_learner(PRESETS["finetune"](_labels_heads(stream)))
             matrix = _jointly(learner, stream, context)
         else:
-            if self.share and can_share(prior):
-                key = self._key(training, seed, context)
-                _first_task(learner, make_learner, stream[0], key, context)
+            shared = self.shared(table, cell, context)
+            if shared is not None:
+                _first_task(learner, make_learner, stream[0], shared, context)
             matrix = _in_a_row(learner, stream, context)
         joint = method.preset == "joint"
         return measured(learner, stream, matrix, untrained, jointly=joint)
+
+    def shared(self, table: Table, cell: Cell, context: Context) -> Path | None:
+        """The first task's weights, which the first cell that needs them makes; None for a cell
+        that trains that task by itself."""
+        method = table.method(cell.method)
+        prior = PRESETS[method.preset](
+            Categorical(), **arguments(method.preset, method.settings, cell.memory, 1)
+        )
+        if not self.share or method.preset == "joint" or not can_share(prior):
+            return None
+        training = self.training_of(method, context.smoke)
+        key = self._key(training, self.first_seed + cell.seed, context)
+        return context.cache / f"first-task-{key}" / CHECKPOINT
 
     def stream(self, context: Context) -> TaskStream:
         """The tasks, as small as a smoke test wants them, or with a part held out as the test."""
@@ -228,14 +241,13 @@ def _first_task(
     learner: Learner,
     make_learner: Callable[[Prior], Learner],
     task: Task,
-    key: str,
+    path: Path,
     context: Context,
 ) -> None:
     """Put ``learner`` where the first task's last epoch has just ended, as whichever cell came
     first has trained it with no prior; the seconds of that are counted."""
     if (context.folder / CHECKPOINT).is_file():
         return  # it is further already
-    path = context.cache / f"first-task-{key}" / CHECKPOINT
     with held(path.parent / ".lock"):
         if not path.is_file():
             within = path.with_name("within.safetensors")

@@ -131,8 +131,10 @@ class Table:
     memories: examples of each task; ``seeds`` of them, 0, 1, ... run: (table, cell, context) ->
     plain values, among them "accuracy" in [0, 1]; a function of a module or a frozen dataclass, so
     that it can be sent to another process, and a dataclass's fields are recorded as the table's
-    set-up. Numbers that are plain floats are averaged over seeds in the record. smoke: fields of
-    the table that differ in its tiny version (``context.smoke`` tells ``run``).
+    set-up. If it has a method ``shared`` of the same arguments, that gives the path of what the
+    cell makes in the cache for others too, or None: two that would make the same are not begun
+    together. Numbers are averaged over seeds in the record. smoke: fields of the table that differ
+    in its tiny version (``context.smoke`` tells ``run``).
 
     Raises ValueError where two rows have one name (or names that make one file name), or where a
     goal is of no row.
