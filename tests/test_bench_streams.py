@@ -189,6 +189,41 @@ def test_joint_training_of_heads_is_under_each_examples_own_head() -> None:
     assert type(streams._labels_heads(free)) is Categorical
 
 
+def test_a_decoded_stream_is_kept_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(data: Path | None, scenario: Any) -> TaskStream:
+        made.append(digits(scenario))
+        return made[-1]
+
+    needy = replace(benchmark("split-digits"), make_stream=make, needs_data=True)
+    monkeypatch.setattr(streams, "benchmark", lambda name: needy)
+    for scenario in ("class", "task"):
+        first = streams.loaded("x", scenario, tmp_path, tmp_path)
+        streams.loaded.cache_clear()
+        again = streams.loaded("x", scenario, tmp_path, tmp_path)
+        streams.loaded.cache_clear()
+        assert made == [*made[:-1], first]
+        assert (again.name, again.num_outputs, again.scenario) == (
+            first.name, first.num_outputs, first.scenario,
+        )  # fmt: skip
+        for old, new in zip(first, again, strict=True):
+            assert (old.index, old.name, old.head) == (new.index, new.name, new.head)
+            assert old.test is not None
+            assert new.test is not None
+            for a, b in ((old.train, new.train), (old.test, new.test)):
+                assert torch.equal(a.inputs, b.inputs)  # type: ignore[arg-type]
+                assert torch.equal(a.labels, b.labels)
+                assert torch.equal(a.ids, b.ids)
+    assert len(made) == 2
+    turned = permuted((torch.randn(4, 3), torch.arange(4) % 2), num_tasks=2)
+    assert streams._stream_state(turned) is None  # it has transforms
+    monkeypatch.setattr(streams, "LARGEST_KEPT", 10)
+    assert streams._stream_state(digits()) is None
+
+
 # What is measured ---------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..benchmarks import Benchmark, benchmark, learner_options
 from ..config import Scenario, Training
 from ..data import Examples, Head
@@ -35,6 +36,7 @@ from .source import fingerprint
 from .table import Cell, Context, Method, Table, plain
 
 SAVE_EVERY = 30.0  # seconds
+LARGEST_KEPT = 600_000_000  # bytes of a stream
 
 
 def run_stream(benchmark: str, scenario: Scenario, training: Training, **options: Any) -> StreamRun:
@@ -109,7 +111,7 @@ class StreamRun:
 
     def stream(self, context: Context) -> TaskStream:
         """The tasks, as small as a smoke test wants them, or with a part held out as the test."""
-        stream = _loaded(self.benchmark, self.scenario, context.data)
+        stream = loaded(self.benchmark, self.scenario, context.data, context.cache)
         if context.smoke:
             stream = reduced(stream[: self.smoke_tasks], self.smoke_examples)
         return held_out(stream, self.validation) if self.validation else stream
@@ -154,9 +156,55 @@ def published(name: str, preset: str, training: Training) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, scenario: Scenario, data: Path | None) -> TaskStream:
+def loaded(name: str, scenario: Scenario, data: Path | None, cache: Path) -> TaskStream:
+    """The benchmark's stream. What was decoded from files once is kept in ``cache``, where it is
+    plain arrays that are not too large, since every cell reads it."""
     chosen: Benchmark = benchmark(name)
-    return chosen.make_stream(data, scenario)
+    if not chosen.needs_data:
+        return chosen.make_stream(data, scenario)
+    of = hashlib.sha256(f"{data} {fingerprint()}".encode()).hexdigest()[:16]
+    path = cache / f"stream-{name}-{scenario}" / f"{of}.safetensors"
+    with held(path.parent / ".lock"):
+        if path.is_file():
+            return _stream(checkpoint.load(path, kind="stream"))
+        stream = chosen.make_stream(data, scenario)
+        state = _stream_state(stream)
+        if state is not None:
+            for other in path.parent.glob("*.safetensors"):  # of older code
+                other.unlink()
+            checkpoint.save(path, state, kind="stream")
+    return stream
+
+
+def _stream_state(stream: TaskStream) -> dict[str, Any] | None:
+    """For a file; None where transforms or sizes speak against it."""
+    parts = [part for task in stream for part in (task.train, task.test) if part is not None]
+    plain_arrays = all(p.transform is None and isinstance(p.inputs, Tensor) for p in parts)
+    if not plain_arrays or sum(nbytes(p.inputs) for p in parts) > LARGEST_KEPT:
+        return None
+    names = ("inputs", "labels", "ids", "head")
+
+    def of(part: Examples | None) -> dict[str, Any] | None:
+        return None if part is None else {name: getattr(part, name) for name in names}
+
+    tasks = [{"name": t.name, "train": of(t.train), "test": of(t.test)} for t in stream]
+    own = {"name": stream.name, "num_outputs": stream.num_outputs, "scenario": stream.scenario}
+    return {**own, "tasks": tasks}
+
+
+def _stream(state: dict[str, Any]) -> TaskStream:
+    """The inverse of ``_stream_state``."""
+    tasks = [
+        Task(
+            index,
+            task["name"],
+            Examples(**task["train"]),
+            None if task["test"] is None else Examples(**task["test"]),
+        )
+        for index, task in enumerate(state["tasks"])
+    ]
+    own = {name: state[name] for name in ("name", "num_outputs", "scenario")}
+    return TaskStream(tasks=tuple(tasks), **own)
 
 
 def reduced(stream: TaskStream, count: int) -> TaskStream:
