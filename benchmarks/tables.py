@@ -149,8 +149,8 @@ def _changed(table: Table, name: str, config: Mapping[str, Any]) -> bool:
     then = config["methods"].get(name)
     if then is None:
         return False
-    now = table.definition(name)
-    return {**{k: then[k] for k in now if k != "setup"}, "setup": config["setup"]} != now
+    definition = {k: then[k] for k in table.definition(name) if k != "setup"}
+    return bool(record.changes(table, name, {**definition, "setup": config["setup"]}))
 
 
 def _tuned(table: Table, name: str, config: Mapping[str, Any]) -> str:

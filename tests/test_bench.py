@@ -57,7 +57,7 @@ BREAKS = replace(TOY, methods=(Method("breaks", "finetune"), Method("plain", "fi
 def untimed(summary: Any) -> Any:
     """Without what differs from run to run."""
     if isinstance(summary, dict):
-        timed = ("seconds", "wall_seconds", "peak_memory", "resumed")
+        timed = ("seconds", "wall_seconds", "cpu_seconds", "peak_memory", "resumed")
         return {k: untimed(v) for k, v in summary.items() if k not in timed}
     return [untimed(v) for v in summary] if isinstance(summary, list) else summary
 
@@ -163,6 +163,20 @@ def test_a_changed_definition_is_refused_unless_it_is_done_anew(tmp_path: Path) 
     # What is no setting may change: notes, what a row is called tuned on.
     noted = replace(kprior, note="a note", tuned="published")
     execute(replace(changed, methods=(noted,)), tmp_path, seeds=1, jobs=0)
+
+
+def test_a_setting_that_is_new_had_its_default() -> None:
+    digits = table("split-digits")
+    then = json.loads(json.dumps(digits.definition("ewc")))
+    del then["setup"]["share"], then["setup"]["training"]["clip"]
+    assert record.changes(digits, "ewc", then) == []
+    then["setup"]["training"]["momentum"] = 0.5
+    then["setup"]["gone"] = 1
+    assert record.changes(digits, "ewc", then) == [
+        "setup.training.momentum 0.5 -> 0.0", "setup.gone 1 -> unset",
+    ]  # fmt: skip
+    del then["setup"]["training"]["epochs"]  # of which this table does not have the default
+    assert "setup.training.epochs 10 -> 15" in record.changes(digits, "ewc", then)
 
 
 @pytest.mark.parametrize(

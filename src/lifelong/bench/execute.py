@@ -167,7 +167,7 @@ def compute(
     place: Place, cell: Cell, report: Callable[[float], None], *, fresh: bool
 ) -> dict[str, Any]:
     """Compute one cell and write its file; what it holds. fresh: this process is of the cell
-    alone, so that its peak of memory is the cell's."""
+    alone, so that its peak of memory and its time of the processor are the cell's."""
     start = time.perf_counter()
     context = place.context(cell, report)
     resumed = any(context.folder.iterdir())
@@ -187,6 +187,7 @@ def compute(
         return write(error=described(error, place))
     if fresh:
         result.setdefault("peak_memory", peak_memory())
+        result.setdefault("cpu_seconds", time.process_time())
     content = write(result=result)
     shutil.rmtree(context.folder, ignore_errors=True)
     return content

@@ -18,7 +18,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..checkpoint import write
 from ..config import UsageError
 from ..errors import CheckpointError
 from ..metrics import AccuracyMatrix, mean_and_standard_error
-from .table import Cell, Table, plain
+from .table import Cell, Table, defaults, plain
 
 FORMAT = 1
 CONFIG, VERSIONS, MACHINE, RESULT = "config.json", "versions.json", "machine.json", "result.json"
@@ -118,7 +118,7 @@ def open_record(out: Path, table: Table, *, smoke: bool = False, redo: Sequence[
     for content in cells:
         name = content["method"]
         if name in known and name not in redo:
-            different = differences(content["definition"], table.definition(name))
+            different = changes(table, name, content["definition"])
             if different:
                 changed[name] = different
     if changed:
@@ -180,6 +180,23 @@ def _config(table: Table, smoke: bool, before: Mapping[str, Any] | None) -> dict
             "goals": [asdict(g) for g in table.goals],
         }
     )
+
+
+def changes(table: Table, name: str, then: Mapping[str, Any]) -> list[str]:
+    """What differs between the definition ``then`` of a row and the table's now; a setting that
+    was not there then had its default."""
+    now = table.definition(name)
+    if is_dataclass(table.run) and not isinstance(table.run, type):
+        then = {**then, "setup": _filled(then["setup"], defaults(table.run))}
+    return differences(then, now)
+
+
+def _filled(values: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**default, **values}
+    for name, inside in default.items():
+        if isinstance(inside, Mapping) and isinstance(values.get(name), Mapping):
+            found[name] = _filled(values[name], inside)
+    return found
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
