@@ -269,13 +269,11 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
     path = context.folder / CHECKPOINT
     if path.is_file():
         learner.load(path)
-    total = len(stream) * learner.epochs
-    done = len(learner.accuracy) * learner.epochs
 
     def on_epoch(progress: Any) -> None:
-        context.report((progress.task * learner.epochs + progress.epoch) / total)
+        context.report((progress.task + progress.epoch / progress.epochs) / len(stream))
 
-    context.report(done / total)
+    context.report(len(learner.accuracy) / len(stream))
     return learner.run(
         stream,
         folder=context.folder,
