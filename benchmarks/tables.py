@@ -92,7 +92,9 @@ def demo(seeds: int) -> Path:
 
 # Markdown -----------------------------------------------------------------------------------------
 
-HEADINGS = ("method", "memory", "published, %", "ours, %", "seeds", "kept", "s", "tuned")
+HEADINGS = (
+    "method", "memory", "published, %", "ours, %", "forgetting", "seeds", "kept", "s", "tuned",
+)  # fmt: skip
 
 
 def section(table: Table, results: Path = RESULTS) -> str:
@@ -109,14 +111,12 @@ def section(table: Table, results: Path = RESULTS) -> str:
     lines, notes = [], []
     for name, memory in dict.fromkeys((*own, *recorded, *printed)):
         row, numbers = recorded.get((name, memory)), printed.get((name, memory), [])
+        said = ", ".join(f"{item.value:g} [{item.tag}]" for item in numbers)
         if row is not None and name in changed:
             notes.append(f"{name}: recorded with other settings than the table has now.")
         lines.append(
-            _line(
-                name, memory, numbers, _ours(row), _seeds(row), _kept(row), _seconds(row),
-                _tuned(table, name, config),
-            )
-        )  # fmt: skip
+            _row_of((name, str(memory or ""), said, *_ours(row), _tuned(table, name, config)))
+        )
     for name, memory, earlier in EARLIER.get(table.name, ()):
         lines.append(_earlier(name, memory, earlier, results))
     where = f"[Record](results/{folder.name})" if folder else "No record yet"
@@ -128,16 +128,6 @@ def section(table: Table, results: Path = RESULTS) -> str:
         [*head, "", _row_of(HEADINGS), _row_of("---" for _ in HEADINGS), *lines, ""]
         + [f"- {note}" for note in (*dict.fromkeys(notes), *_sources(table.published))]
     ).rstrip()
-
-
-def _line(
-    name: str,
-    memory: int,
-    numbers: Sequence[Published],
-    *cells: str,
-) -> str:
-    said = ", ".join(f"{item.value:g} [{item.tag}]" for item in numbers)
-    return _row_of((name, str(memory or ""), said, *cells))
 
 
 def _row_of(cells: Iterable[str]) -> str:
@@ -160,39 +150,36 @@ def _tuned(table: Table, name: str, config: Mapping[str, Any]) -> str:
     return config.get("methods", {}).get(name, {}).get("tuned", "")
 
 
-def _ours(row: Mapping[str, Any] | None) -> str:
+def _ours(row: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Accuracy, forgetting, seeds, what is kept, seconds."""
     if row is None:
-        return ""
+        return ("",) * 5
     found = [percent(row["accuracy"])] if "accuracy" in row else []
     errors = sorted({f["error"].split(":")[0] for f in row["failed"]})
     found += [f"{len(row['failed'])} failed ({', '.join(errors)})"] if errors else []
-    return ", ".join(found)
-
-
-def _seeds(row: Mapping[str, Any] | None) -> str:
-    return "" if row is None else str(len(row["seeds"]))
-
-
-def _kept(row: Mapping[str, Any] | None) -> str:
-    if row is None or "memory_bytes" not in row:
-        return ""
-    return kept(row["memory_examples"]["mean"], row["memory_bytes"]["mean"])
+    memory = ""
+    if "memory_bytes" in row:
+        memory = kept(row["memory_examples"]["mean"], row["memory_bytes"]["mean"])
+    return (
+        ", ".join(found),
+        percent(row["forgetting"]) if "forgetting" in row else "",
+        str(len(row["seeds"])),
+        memory,
+        f"{row['seconds']['mean']:.0f}" if "seconds" in row else "",
+    )
 
 
 def kept(examples: float, size: float) -> str:
     return f"{examples:.0f} examples, {size / 1e6:.1f} MB"
 
 
-def _seconds(row: Mapping[str, Any] | None) -> str:
-    return f"{row['seconds']['mean']:.0f}" if row is not None and "seconds" in row else ""
-
-
 def _earlier(name: str, memory: int, folder: str, results: Path) -> str:
     found = _read(results / folder / "result.json")
     if found is None:
-        return _row_of((name, str(memory), "", "", "", "", "", ""))
+        return _row_of((name, str(memory), "", "", "", "", "", "", ""))
     cells = (
         percent(found["accuracy"]),
+        percent(found["forgetting"]),
         str(len(found["seeds"])),
         kept(found["memory_examples"], found["memory_bytes"]),
         f"{found['seconds']['mean']:.0f}",

@@ -346,6 +346,7 @@ def test_a_failure_is_told(command: Command, tmp_path: Path) -> None:
     assert code == 1
     assert "breaks, seed 0: FAILED, ValueError: no luck in $LIFELONG_DATA" in err
     assert "0, 1 failed" in out
+    assert command(*args, "--methods", "plain")[0] == 0  # which did not fail
     assert err.endswith(f"again with: lifelong bench {' '.join(map(str, args))}\n")
 
 

@@ -25,7 +25,12 @@ def run(table: Table, cell: Cell, context: Context) -> dict[str, Any]:
     if cell.method == "broken":
         raise ValueError("no luck")
     found = {"finetune": 0.2, "joint": 0.98, "ours": 0.9 + cell.memory / 1000}[cell.method]
-    size = {"memory_examples": cell.memory, "memory_bytes": 2_000_000, "seconds": 12.3}
+    size = {
+        "memory_examples": cell.memory,
+        "memory_bytes": 2_000_000,
+        "seconds": 12.3,
+        "forgetting": 0.05,
+    }
     return {"accuracy": found + cell.seed / 100, **size}
 
 
@@ -68,14 +73,15 @@ def test_a_table_from_its_record(results: Path) -> None:
     assert lines[0] == "### Toy"
     assert "[Record](results/2026-01-02_toy)" in lines[2]
     rows = [line for line in lines if line.startswith("| ")][2:]
+    ended = "5.00 ± 0.00 | 2"  # forgetting, seeds
     assert rows == [
-        "| finetune |  |  | 20.50 ± 0.50 | 2 | 0 examples, 2.0 MB | 12 | no |",
-        "| joint |  |  | 98.50 ± 0.50 | 2 | 0 examples, 2.0 MB | 12 | no |",
-        "| ours | 10 | 90.5 [P] | 91.50 ± 0.50 | 2 | 10 examples, 2.0 MB | 12 | published |",
-        "| ours | 20 | 92.5 [P] | 92.50 ± 0.50 | 2 | 20 examples, 2.0 MB | 12 | published |",
-        "| broken | 10 |  | 2 failed (ValueError) | 0 |  |  | no |",
-        "| later |  |  |  |  |  |  | no |",
-        "| theirs | 20 | 91 [X] |  |  |  |  |  |",
+        "| finetune |  |  | 20.50 ± 0.50 | 5.00 ± 0.00 | 2 | 0 examples, 2.0 MB | 12 | no |",
+        "| joint |  |  | 98.50 ± 0.50 | 5.00 ± 0.00 | 2 | 0 examples, 2.0 MB | 12 | no |",
+        f"| ours | 10 | 90.5 [P] | 91.50 ± 0.50 | {ended} | 10 examples, 2.0 MB | 12 | published |",
+        f"| ours | 20 | 92.5 [P] | 92.50 ± 0.50 | {ended} | 20 examples, 2.0 MB | 12 | published |",
+        "| broken | 10 |  | 2 failed (ValueError) |  | 0 |  |  | no |",
+        "| later |  |  |  |  |  |  |  | no |",
+        "| theirs | 20 | 91 [X] |  |  |  |  |  |  |",
     ]
     assert lines[-3:] == [
         "- ours: what is ours",
@@ -87,7 +93,7 @@ def test_a_table_from_its_record(results: Path) -> None:
 def test_without_a_record_all_cells_are_empty(tmp_path: Path) -> None:
     text = section(TABLE, tmp_path)
     assert "No record yet" in text
-    assert "| ours | 10 | 90.5 [P] |  |  |  |  | published |" in text
+    assert "| ours | 10 | 90.5 [P] |  |  |  |  |  | published |" in text
     assert goals([TABLE], tmp_path).splitlines()[2].endswith("| somebody 91 |  |  |")
 
 
