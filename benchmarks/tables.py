@@ -25,6 +25,8 @@ from lifelong.bench.goals import goal_text, judge, verdict_text
 from lifelong.bench.table import Goal, Published, Table
 from lifelong.bench.tables import tables
 
+from . import prior_page
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
@@ -260,17 +262,25 @@ def demo_table(results: Path = RESULTS) -> str:
 
 
 def readmes(results: Path = RESULTS) -> dict[Path, str]:
-    """What stands in the README files, with the generated parts as the records have them."""
+    """What stands in the README files and in docs/which-prior.md, with the generated parts as the
+    records have them."""
     known = list(tables().values())
     parts = [goals(known, results), *(section(table, results) for table in known)]
     tags = "; ".join(f"[{tag}] {what}" for tag, what in TAGS.items())
     parts.append(f"Where published numbers come from: {tags}.")
     here, top = HERE / "README.md", HERE.parent / "README.md"
+    folders = {table.name: newest(table.name, results) for table in known}
+    there = {name: folder for name, folder in folders.items() if folder is not None}
+    link, page = "../benchmarks/results", HERE.parent / "docs" / "which-prior.md"
+    prior = _filled(page.read_text(), "overview", prior_page.overview(known, there, link))
+    prior = _filled(prior, "cost", prior_page.cost(results, link))
+    prior = _filled(prior, "ablation", prior_page.ablation(known, there, link))
     linked = goals(known, results).replace("](results/", "](benchmarks/results/")
     text = _filled(top.read_text(), "results", linked)
     return {
         here: _filled(here.read_text(), "tables", "\n\n".join(parts)),
         top: _filled(text, "demo", demo_table(results)),
+        page: prior,
     }
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from lifelong.bench.record import over_seeds
+from lifelong.bench.table import Goal, Method, Table
 from lifelong.presets import PRESETS
 
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent))  # however pytest was started
-from benchmarks import fromp_toy, memorable, record_pictures, step_cost
+from benchmarks import fromp_toy, memorable, prior_page, record_pictures, step_cost
 
 
 def test_cost_of_steps(tmp_path: Path) -> None:
@@ -82,3 +84,73 @@ def test_extremes_are_those_of_each_class() -> None:
     scores = torch.tensor([0.1, 0.4, 0.3, 0.2, 0.0])
     found = memorable.extremes(scores, torch.tensor([0, 0, 0, 1, 1]), 1)
     assert found == {"0": {"most": [1], "least": [0]}, "1": {"most": [3], "least": [4]}}
+
+
+def record(folder: Path, **rows: tuple[int, dict[int, float]]) -> Path:
+    """A record of a table with these rows: (memory, seed -> accuracy)."""
+    made = [
+        {
+            "method": name.replace("_is_", ": "),
+            "memory": memory,
+            "seeds": list(values),
+            "accuracy": over_seeds(list(values.values())),
+        }
+        for name, (memory, values) in rows.items()
+    ]
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"rows": made}))
+    return folder
+
+
+def table_of(name: str, *methods: Method, goals: tuple[Goal, ...] = ()) -> Table:
+    return Table(name, name, methods, (4,), run=lambda *_: {}, goals=goals)
+
+
+def test_page_shows_the_presets_at_the_memories_of_the_goals(tmp_path: Path) -> None:
+    table = table_of(
+        "t", Method("ewc", "ewc"), Method("kprior", "kprior"), goals=(Goal("kprior", 4),)
+    )
+    none = table_of("none", Method("kprior", "kprior"))
+    folder = record(tmp_path / "d_t", ewc=(0, {0: 0.5}), kprior=(4, {0: 0.6, 1: 0.8}))
+    lines = prior_page.overview([table, none], {"t": folder}, "..").splitlines()
+    assert lines == [
+        "| preset | [t](../d_t), 4 a task |",
+        "|---|---:|",
+        "| `ewc` | 50.00 |",
+        "| `kprior` | 70.00 ± 10.00 |",
+    ]
+    assert prior_page.overview([table], {}, "..").splitlines()[-1] == "| `kprior` |  |"
+
+
+def test_page_pairs_the_changes_by_seed(tmp_path: Path) -> None:
+    table = table_of(
+        "ablation-t",
+        Method("as recommended", "kprior"),
+        Method("part: other", "kprior", {"soft": 2.0}),
+        Method("part: undone", "kprior", {"soft": 3.0}),
+    )
+    folder = record(
+        tmp_path / "d",
+        **{
+            "as recommended": (4, {0: 0.5, 1: 0.7, 2: 0.9}),
+            "part_is_other": (4, {1: 0.71, 2: 0.93}),
+        },
+    )
+    lines = prior_page.ablation([table], {"ablation-t": folder}, "..").splitlines()
+    assert lines[2:] == [
+        "| as recommended | 70.00 % |",
+        "| part: other | +2.00 ± 1.00 |",
+        "| part: undone |  |",
+    ]
+
+
+def test_page_shows_the_newest_cost(tmp_path: Path) -> None:
+    assert prior_page.cost(tmp_path, "..") == "No record yet."
+    folder = tmp_path / "2026-01-01_step-cost"
+    folder.mkdir()
+    found = {"mlp, batch": [{"method": "ewc", "ratio": 0.5}]}
+    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "config.json").write_text(json.dumps({"memory": 4, "tasks": 5, "bar": 1.5}))
+    text = prior_page.cost(tmp_path, "..")
+    assert "| ewc | 0.50 |" in text
+    assert "[Record](../2026-01-01_step-cost)" in text
