@@ -30,6 +30,9 @@ def last(states):
     return list(states)[-1]
 
 
+exactly = FrozenRun("synthetic", tolerance=1e-5)._solve
+
+
 def run(method: str, memory: int, seed: int, context: Context) -> dict:
     table = frozen.ANIMALS.tiny()
     return table.run(table, Cell("animals", method, memory, seed), context)
@@ -73,6 +76,11 @@ def test_the_precision_is_that_of_the_largest_evidence(split):
     assert evidence(found) >= max(evidence(found * step), evidence(found / step))
 
 
+def test_regression_costs_the_same_after_any_number_of_tasks(split):
+    sizes = [state.kept.num_bytes for state in by_squares(split, [split.task(t) for t in range(3)])]
+    assert len(set(sizes)) == 1
+
+
 def test_evidence_needs_data(split):
     prior = presets.online_laplace(Categorical(), structure="kronecker")
     with pytest.raises(ValueError, match="update it first"):
@@ -82,7 +90,7 @@ def test_evidence_needs_data(split):
 def test_joint_regression_ends_where_regression_does(context):
     together, row = (run(m, 0, 3, context) for m in ("joint_regression", "regression"))
     assert together["accuracy"] == row["accuracy"]
-    assert together["memory_examples"] == 72
+    assert together["memory_examples"] == 240
     assert row["memory_examples"] == 0
 
 
@@ -91,11 +99,11 @@ def test_joint_regression_ends_where_regression_does(context):
 
 def test_everything_kept_is_joint_training(split):
     generator = torch.Generator().manual_seed(0)
-    prior = frozen.make_prior("kprior", {}, 24)
-    row = last(in_a_row(split, [2, 0, 1], prior, generator))
-    together = last(jointly(split, [2, 0, 1], frozen.PRECISION))
+    prior = frozen.make_prior("kprior", {}, 80)
+    row = last(in_a_row(split, [2, 0, 1], prior, exactly, generator))
+    together = last(jointly(split, [[2, 0, 1]], frozen.PRECISION, exactly))
     torch.testing.assert_close(row.model.weight, together.model.weight, rtol=1e-2, atol=1e-2)
-    assert len(together.kept) == 72
+    assert len(together.kept) == 240
 
 
 def test_rows_have_the_precision_once():
@@ -126,6 +134,17 @@ def test_what_a_cell_holds(context):
     assert sorted(found["order"]) == [0, 1, 2]
     assert math.isclose(found["accuracy"], sum(found["matrix"][-1]) / 3)
     assert told == [1 / 3, 2 / 3, 1.0]
+
+
+def test_joint_training_is_repeated_after_every_task_where_a_curve_is_wanted(context):
+    table = frozen.ANIMALS.tiny()
+    last_only = replace(table, run=replace(table.run, curve=False))
+    for method in ("joint", "joint_regression"):
+        cell = Cell("animals", method, 0, 0)
+        every, once = (t.run(t, cell, context) for t in (table, last_only))
+        assert once["matrix"][:-1] == [[None] * 3] * 2
+        assert None not in [every["matrix"][i][j] for i in range(3) for j in range(i + 1)]
+        assert every["matrix"][-1] == once["matrix"][-1]
 
 
 def test_no_tasks_raise(split):

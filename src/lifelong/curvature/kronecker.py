@@ -167,14 +167,16 @@ class Kronecker:
         return EigenKronecker(left, right, a.unsqueeze(-1) * b.unsqueeze(-2), self.shapes)
 
     def __add__(self, other: Kronecker) -> Kronecker:
-        """All products of both. StaleAnchorError where the parameters differ, ValueError where
-        the groups do."""
+        """All products of both; those with one left factor, up to a multiple, become one product,
+        L ⊗ R_1 + c L ⊗ R_2 = L ⊗ (R_1 + c R_2), as in regression, where L is the noise's alone.
+        StaleAnchorError where the parameters differ, ValueError where the groups do."""
         if not isinstance(other, Kronecker):
             return NotImplemented
         _require_alike(self.shapes, other.shapes, self.left.shape[1], other.left.shape[1])
-        left, right = (
-            torch.cat(_alike(x, y)) for x, y in ((self.left, other.left), (self.right, other.right))
-        )
+        left, theirs = _alike(self.left, other.left)
+        right, theirs_right = _alike(self.right, other.right)
+        for a, b in zip(theirs.split(1), theirs_right.split(1), strict=True):
+            left, right = _joined_products(left, right, a, b)
         return Kronecker(left, right, self.shapes)
 
     def __mul__(self, factor: float) -> Kronecker:
@@ -472,6 +474,21 @@ def _dense(shapes: Shapes, blocks: list[Tensor]) -> Dense:
 
 def _factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     return (factor, None) if factor.ndim == 3 else eigh(factor)
+
+
+def _joined_products(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, N, ...) factors and those of one more product, (1, N, ...): added to the first product
+    whose left factor is a multiple of a, up to rounding, or else as product T + 1."""
+    ours, scale = (_diagonal(x).sum(-1) for x in (left, a))  # (T, N), (1, N)
+    c = scale / torch.where(ours == 0, torch.ones_like(ours), ours)
+    multiple = left * c.reshape(*c.shape, *(1 for _ in a.shape[2:]))
+    gap = (multiple - a).flatten(1).abs().amax(1)
+    same = (gap <= 4 * torch.finfo(a.dtype).eps * a.abs().max()) & (c > 0).all(1)
+    if not bool(same.any()):
+        return torch.cat([left, a]), torch.cat([right, b])
+    t = int(same.nonzero()[0])
+    more = c[t].reshape(-1, *(1 for _ in b.shape[2:])) * b[0]
+    return left, torch.cat([right[:t], (right[t] + more).unsqueeze(0), right[t + 1 :]])
 
 
 def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
