@@ -47,6 +47,7 @@ def ewc(
     online: bool = False,
     discount: float = 1.0,
     estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
     precision: float = 0.0,
 ) -> Prior:
     r"""Elastic weight consolidation: strength · ½ sum_s <theta - theta_s, F_s (theta - theta_s)>.
@@ -57,7 +58,8 @@ def ewc(
     Laplace's method gives.
 
     strength="auto" finds it for each task: F, at weights that are sure of their data, says next to
-    nothing (``lifelong.strength``).
+    nothing (``lifelong.strength``). curvature_examples: of how many examples F is estimated, here
+    and in other presets; None reads all.
 
     Departs from most released codes: F is the sum over examples of per-example quantities, exact
     over all labels by default, not the square of a mini-batch's mean gradient, so ``strength`` does
@@ -70,6 +72,7 @@ def ewc(
         "ewc",
         structure="diagonal",
         estimator=estimator,
+        curvature_examples=curvature_examples,
         strength=strength,
         discount=discount if online else 1.0,
         gradient=gradient,
@@ -201,6 +204,8 @@ def fromp(
     kernel: Literal["gp", "identity"] = "gp",
     score: str = "lambda",
     descending: bool = True,
+    estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
 ) -> Prior:
     r"""Functional regularisation of memorable past (Pan et al. 2020):
 
@@ -222,6 +227,8 @@ def fromp(
     recipe = Recipe(
         "fromp",
         structure="diagonal" if kernel == "gp" else None,
+        estimator=estimator,
+        curvature_examples=curvature_examples,
         gradient="none",
         memory=memory,
         score=score,
@@ -250,6 +257,8 @@ def gradient_reconstruction(
     precision: float = 0.0,
     score: str = "random",
     temperature: float = 1.0,
+    estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -280,6 +289,8 @@ def gradient_reconstruction(
     recipe = Recipe(
         "gradient_reconstruction",
         structure=structure if weight else None,
+        estimator=estimator,
+        curvature_examples=curvature_examples,
         strength=strength,
         gradient=gradient,
         memory=memory if soft or hard or fraction else 0,

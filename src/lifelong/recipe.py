@@ -67,6 +67,10 @@ class Recipe:
             each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not
             for "path" or with a kernel.
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
+        curvature_examples: how many examples of a task are read for its G and for a strength of
+            "auto": that many of those not kept, drawn at random, each for N / n of them. Unbiased,
+            and what G costs no longer grows with the task. None reads all. ``forget`` takes an
+            example out with its own curvature all the same, right on average.
         exclude_memory: leave the examples that are kept out of G, so that none counts twice.
         path_damping: SI's xi.
         gradient: what g holds after a task, at the new anchor theta*:
@@ -107,6 +111,7 @@ class Recipe:
     strength: float | Auto = 1.0
     discount: float = 1.0
     exclude_memory: bool = True
+    curvature_examples: int | None = None
     path_damping: float = 0.1
     gradient: Gradient = "stored"
     memory: Given | None = 0
@@ -136,6 +141,11 @@ class Recipe:
         object.__setattr__(self, "memory", parse(self.memory))
         if isinstance(self.memory, Fidelity):
             self._require_curve()
+        if self.curvature_examples is not None and self.curvature_examples < 1:
+            raise ValueError(
+                "curvature_examples must be at least 1, or None for all, got "
+                f"{self.curvature_examples}"
+            )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         for name in ("soft", "hard", "distil", "jitter"):
