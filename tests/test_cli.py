@@ -78,7 +78,8 @@ def test_help_needs_no_torch() -> None:
     code = (
         "import sys, lifelong.cli as cli\n"
         "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn'],\n"
-        "             ['adapt', '--help'], ['adapt', 'remove', '--help'], ['adapt', 'remov']):\n"
+        "             ['adapt', '--help'], ['adapt', 'remove', '--help'], ['adapt', 'remov'],\n"
+        "             ['bench', '--help'], ['bench', '--sed']):\n"
         "    cli.main(args)\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -1,7 +1,7 @@
-"""The command line: ``lifelong demo``, ``run``, ``adapt`` and ``memory``.
+"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt`` and ``memory``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more
-(``| head``). Only this module reads the environment
+(``| head``). Only this module and ``commands.bench`` read the environment
 (LIFELONG_DATA) and sets torch's threads; torch is imported once there is something to compute.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .commands.bench import bench
 from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
@@ -40,6 +41,7 @@ Learn tasks one after another without forgetting.
 commands:
   demo         learn handwritten digits, two at a time, with six methods; one table, one page
   run          train one method on one benchmark, and keep settings, results and checkpoints
+  bench        compute a table of methods at equal memory, and keep a record
   adapt        change a saved run: add or remove examples, regularise, another network
   memory       look into a memory on disk; drop, restore and forget examples
   certificate  check a certificate of unlearning, or make a key to sign with
@@ -112,6 +114,7 @@ def _main(argv: Sequence[str] | None) -> int:
     commands = {
         "demo": _demo,
         "run": _run,
+        "bench": bench,
         "adapt": _adapt,
         "memory": memory,
         "certificate": certificate,

@@ -110,6 +110,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
+        self.gradients = 0  # examples, new and remembered, whose loss was differentiated
         self._initial = copy.deepcopy(model.state_dict())
         self._finished: list[Mapping[str, Any]] = []  # of "separate": one model per task
         self._within: dict[str, Any] | None = None  # of an unfinished task
@@ -147,6 +148,10 @@ class Learner:
     def learn(self, task: Task, *, on_epoch: Callable[[Progress], None] | None = None) -> None:
         """fit, then memorise and recall."""
         self.fit(task, on_epoch=on_epoch)
+        self.conclude(task)
+
+    def conclude(self, task: Task) -> None:
+        """memorise and recall: what follows ``fit`` in ``learn``."""
         start = time.perf_counter()
         if self.prior.recipe.reference == "separate":
             self._finished.append(copy.deepcopy(self.model.state_dict()))
@@ -318,35 +323,46 @@ class Learner:
         stream: Iterable[Task],
         *,
         folder: str | Path | None = None,
+        save_every: float = 0.0,
+        ahead: bool = False,
         on_epoch: Callable[[Progress], None] | None = None,
         on_task: Callable[[int], None] | None = None,
     ) -> AccuracyMatrix:
-        """Learn every task and test on those seen so far; with ``folder``, save after each epoch.
+        """Learn every task and test on those seen so far; with ``folder``, save after each epoch
+        and each task, but not within ``save_every`` seconds of the last time.
 
-        A learner that was loaded goes on where it was, and ends with the same numbers.
+        A learner that was loaded goes on where it was, and ends with the same numbers. ahead: test
+        on the next task too, before it is learned (``AccuracyMatrix.zero_shot_transfer``).
         Raises ValueError where a task has no test examples, OSError where the folder cannot be
         written, and as ``fit`` and ``Prior.update``.
         """
         if folder is not None:
             self.save(Path(folder) / CHECKPOINT)  # a folder that cannot be written shows now
+        last = time.monotonic()
+
+        def save() -> None:
+            nonlocal last
+            if folder is not None and time.monotonic() - last >= save_every:
+                self.save(Path(folder) / CHECKPOINT)
+                last = time.monotonic()
+
+        def saved(progress: Progress) -> None:
+            save()
+            if on_epoch is not None:
+                on_epoch(progress)
+
         seen: list[Task] = []
-        for index, task in enumerate(stream):
+        pairs = _with_next(stream) if ahead else ((task, None) for task in stream)
+        for index, (task, following) in enumerate(pairs):
             if task.test is None:
                 raise ValueError(f"task {task.name!r} has no test examples; call learn() instead")
             seen.append(task)
             if index < len(self.accuracy):
                 continue
-
-            def saved(progress: Progress) -> None:
-                if folder is not None:
-                    self.save(Path(folder) / CHECKPOINT)
-                if on_epoch is not None:
-                    on_epoch(progress)
-
             self.learn(task, on_epoch=saved)
-            self.accuracy.append([self._accuracy(i, old) for i, old in enumerate(seen)])
-            if folder is not None:
-                self.save(Path(folder) / CHECKPOINT)
+            tested = seen if following is None else [*seen, following]
+            self.accuracy.append([self._accuracy(i, old) for i, old in enumerate(tested)])
+            save()
             if on_task is not None:
                 on_task(index)
         return self.matrix
@@ -356,7 +372,7 @@ class Learner:
         """R[t, i]: accuracy on task i after task t, 0 to 1; NaN where not tested."""
         size = len(self.accuracy)
         return AccuracyMatrix.from_list(
-            [[*row, *([float("nan")] * (size - len(row)))] for row in self.accuracy]
+            [[*row, *([float("nan")] * (size - len(row)))][:size] for row in self.accuracy]
         )
 
     # ---------------------------------------------------------------- files
@@ -370,6 +386,7 @@ class Learner:
             "prior": self.prior.state_dict(),
             "accuracy": self.accuracy,
             "seconds": self.seconds,
+            "gradients": self.gradients,
             "within": self._within,
             "generator": self.generator.get_state(),
             "global_random": torch.get_rng_state(),
@@ -404,6 +421,7 @@ class Learner:
         self.prior, self._initial = prior, state["initial"]
         self._finished, self.accuracy = state["finished"], state["accuracy"]
         self.seconds, self._within = state["seconds"], state["within"]
+        self.gradients = state.get("gradients", 0)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["global_random"])
         return self
@@ -475,6 +493,7 @@ class Learner:
         state = copy.deepcopy(self.model.state_dict())
         modes = [(module, module.training) for module in self.model.modules()]
         prior, within, path = self.prior, self._within, self._path
+        gradients = self.gradients
         random, global_random = self.generator.get_state(), torch.get_rng_state()
 
         def undo() -> None:
@@ -482,6 +501,7 @@ class Learner:
             for module, training in modes:
                 module.training = training
             self.prior, self._within, self._path = prior, within, path
+            self.gradients = gradients
             self.generator.set_state(random)
             torch.set_rng_state(global_random)
 
@@ -511,6 +531,7 @@ class Learner:
         count = len(data) if pool is None else len(pool.memory)
         device = params[0].device
         total = 0.0
+        remembered = 0 if pool is not None else prior.num_drawn(self.memory_batch_size)
         order = torch.randperm(count, generator=self.generator)
         for index in order.split(self.batch_size):
             optimizer.zero_grad(set_to_none=True)
@@ -545,6 +566,7 @@ class Learner:
             if scheduler is not None:
                 scheduler.step()
             total += loss.item() * len(index)
+            self.gradients += len(index) + remembered
         for name, p in parameters(self.model).items():  # a gradient can overflow where no loss does
             require_finite(p, f"the parameter {name}")
         return total / count
@@ -565,15 +587,29 @@ class Learner:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def model_of(self, index: int) -> nn.Module:
+        """What answers for task ``index``: the model, or of "separate" a copy with its weights."""
+        if index >= len(self._finished):
+            return self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self._finished[index])
+        return model
+
     def _accuracy(self, index: int, task: Task) -> float:
         test = task.test
         if test is None:
             raise ValueError(f"task {task.name!r} has no test examples")
-        model = self.model
-        if self._finished:
-            model = copy.deepcopy(model)
-            model.load_state_dict(self._finished[index])
-        return evaluate(model, test, self.prior.likelihood).accuracy
+        return evaluate(self.model_of(index), test, self.prior.likelihood).accuracy
+
+
+def _with_next(stream: Iterable[Task]) -> Iterator[tuple[Task, Task | None]]:
+    """Each task with the one that follows it."""
+    tasks = iter(stream)
+    task = next(tasks, None)
+    while task is not None:
+        following = next(tasks, None)
+        yield task, following
+        task = following
 
 
 _parameters = parameters  # of a model: ``transfer`` has an argument of this name

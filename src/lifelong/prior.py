@@ -210,6 +210,11 @@ class Prior:
     def _weight_space_terms(self) -> list[Callable[[nn.Module], Tensor]]:
         return complete(self.terms)
 
+    def num_drawn(self, batch_size: int | None = None) -> int:
+        """Remembered examples that one value reads, with ``batch_size`` drawn from each memory."""
+        memories = [term.memory for term in self.terms if isinstance(term, _IN_MEMORY)]
+        return sum(len(m) if batch_size is None else min(len(m), batch_size) for m in memories)
+
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
         return [(term, term.draw(n, generator)) for term in held]

@@ -1,0 +1,1 @@
+"""Tables of methods at equal memory: ``lifelong bench``."""

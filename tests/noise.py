@@ -1,0 +1,31 @@
+"""Data sets of the right names and shapes, full of noise: what tests of whole programs read."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+
+def write(folder: Path) -> Path:
+    """All data sets that the tables read; the folder."""
+    for split, count in (("train", 600), ("test", 300)):
+        images(folder / f"mnist-{split}.parquet", (28, 28), classes=10, count=count)
+    return folder
+
+
+def images(path: Path, shape: tuple[int, ...], *, classes: int, count: int) -> None:
+    """``count`` PNG images of a shape (H, W) or (H, W, 3), as many of each class."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    generator = np.random.default_rng(count)
+    cells = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": cells, "label": np.arange(count) % classes}), path)
