@@ -150,15 +150,15 @@ def test_scales_survive_grey_print() -> None:
     def lightness(colour: Any) -> float:
         return pictures.contrast("#{:02x}{:02x}{:02x}".format(*colour[:3]), "#ffffff")
 
-    ramp = plots._ramp()(np.linspace(0, 1, 33), bytes=True)
+    ramp = plots.style.sequential()(np.linspace(0, 1, 33), bytes=True)
     assert all(lightness(a) < lightness(b) for a, b in pairwise(ramp))
-    both = plots._two_sided()(np.linspace(0, 1, 65), bytes=True)
+    both = plots.style.diverging()(np.linspace(0, 1, 65), bytes=True)
     assert all(lightness(a) > lightness(b) for a, b in pairwise(both[:33]))
     assert all(lightness(a) < lightness(b) for a, b in pairwise(both[32:]))
 
 
 def test_lines_differ_without_colour() -> None:
-    styles = list(zip(plots._DASHES, plots._MARKERS, strict=True))
+    styles = list(zip(plots.style.DASHES, plots.style.MARKERS, strict=True))
     assert len(set(styles)) == len(plots.COLOURS)
 
 
@@ -331,14 +331,14 @@ class TestMemorable:
 
     @given(st.floats(-1e9, 1e9))
     def test_numbers_are_short(self, value: float) -> None:
-        said = plots._short(value)
+        said = plots.arrays.short(value)
         assert len(said) <= (6 if value == 0 or abs(value) > 1e-90 else 7)
         assert float(said) == pytest.approx(value, rel=0.5)
 
     def test_names_keep_their_ends(self) -> None:
-        assert plots._brief("class with a long name 97") == "class wit…e 97"
-        assert plots._brief("fourteen chars") == "fourteen chars"
-        assert plots._brief("a  b\nc") == "a b c"
+        assert plots.arrays.brief("class with a long name 97") == "class wit…e 97"
+        assert plots.arrays.brief("fourteen chars") == "fourteen chars"
+        assert plots.arrays.brief("a  b\nc") == "a b c"
 
 
 # ------------------------------------------------------------------------------------ sensitivity

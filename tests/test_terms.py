@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from lifelong import (
     KL,
+    BlockDiagonal,
     Categorical,
     Dense,
     Diagonal,
     KernelTerm,
+    Kronecker,
     Logit,
     MemoryTerm,
     Regulariser,
@@ -24,7 +26,7 @@ from lifelong import (
 from lifelong.data import Batch
 from lifelong.memory import Memory, remember
 from lifelong.models import parameters, snapshot
-from lifelong.terms import Block, kernel_term, to
+from lifelong.terms import Block, form, kernel_term, to
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -235,3 +237,34 @@ def test_terms_move_to_another_dtype():
 def test_a_precision_is_finite_and_not_negative(precision):
     with pytest.raises(ValueError, match="precision must be finite and not negative, got"):
         Regulariser(precision)
+
+
+@pytest.mark.parametrize("products", [0, 1, 3])
+def test_form_is_half_the_quadratic_form_twice_differentiable(products):
+    """Against autograd through ``quad``; 0 products: a dense G."""
+    model = mlp()
+    d = [torch.randn_like(p, requires_grad=True) for p in parameters(model).values()]
+    names = tuple(parameters(model))
+    shapes = {n: p.shape for n, p in parameters(model).items()}
+    if products:
+        blocks = []
+        for layer in ("0", "2"):
+            part = {n: s for n, s in shapes.items() if n.startswith(layer)}
+            rows, inputs = part[f"{layer}.weight"]
+            left, right = (torch.randn(products, 1, k, k).double() for k in (rows, inputs + 1))
+            blocks.append(Kronecker(left @ left.mT, right @ right.mT, part))
+        curvature = BlockDiagonal(tuple(blocks))
+    else:
+        factor = torch.randn(31, 31).double()
+        curvature = Dense(factor @ factor.T, shapes)
+    value = form(curvature, dict(zip(names, d, strict=True)))
+    slow = 0.5 * curvature.quad(dict(zip(names, d, strict=True)))
+    assert torch.allclose(value, slow)
+    for fast, other in zip(torch.autograd.grad(value, d), torch.autograd.grad(slow, d)):
+        assert torch.allclose(fast, other)
+
+    def of(*parts: Tensor) -> Tensor:
+        return form(curvature, dict(zip(names, parts, strict=True)))
+
+    assert torch.autograd.gradcheck(of, d)
+    assert torch.autograd.gradgradcheck(of, d)

@@ -1,4 +1,4 @@
-r"""Pictures of what a memory holds: arrays in, a matplotlib ``Figure`` out, as in ``plots.py``.
+r"""Pictures of what a memory holds: arrays in, a matplotlib ``Figure`` out, as in ``plots``.
 
 fidelity_against_memory    how many examples are enough, before the data are thrown away
 predicted_against_lost     did a number measured beforehand say what the next task would cost?
@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .plots import (
-    _DASHES,
-    _MARKERS,
-    COLOURS,
-    RULE,
-    Array,
-    _dress,
-    _legend,
-    _numbers,
-    _place,
-)
+from .plots.arrays import Array, numbers
+from .plots.style import COLOURS, DASHES, MARKERS, RULE, add_legend, dress, placed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,29 +38,29 @@ def fidelity_against_memory(
     The sizes are on a log scale; 0 is left out. Raises ValueError, too, where there is no curve, or
     no size above 0.
     """
-    sizes = _numbers(sizes, "sizes", (None,))
+    sizes = numbers(sizes, "sizes", (None,))
     if not curves or sizes.max() <= 0:
         raise ValueError("expected at least one curve, and one size above 0")
-    lines = {name: _numbers(v, name, sizes.shape) for name, v in curves.items()}
-    figure, ax = _place(ax, 3.0)
+    lines = {name: numbers(v, name, sizes.shape) for name, v in curves.items()}
+    figure, ax = placed(ax, 3.0)
     ax.set_xscale("log")
     ax.axhline(0, color=RULE, linewidth=0.9)
     if target is not None:
-        ax.axhline(target, color=RULE, linewidth=0.9, linestyle=_DASHES[1])
+        ax.axhline(target, color=RULE, linewidth=0.9, linestyle=DASHES[1])
     some, handles = sizes > 0, []
     for k, values in enumerate(lines.values()):
         (line,) = ax.plot(
             sizes[some],
             np.maximum(values[some], _FLOOR),
             color=COLOURS[k % len(COLOURS)],
-            linestyle=_DASHES[k % len(_DASHES)],
-            marker=_MARKERS[k % len(_MARKERS)],
+            linestyle=DASHES[k % len(DASHES)],
+            marker=MARKERS[k % len(MARKERS)],
             markersize=3.5,
             linewidth=1.4,
         )
         handles.append(line)
-    _legend(ax, handles, list(lines))
-    _dress(ax, "What a memory gives back", "examples kept", "fidelity")
+    add_legend(ax, handles, list(lines))
+    dress(ax, "What a memory gives back", "examples kept", "fidelity")
     return figure
 
 
@@ -88,14 +79,14 @@ def predicted_against_lost(
     log: a symmetric log scale of what was predicted. Raises ValueError, too, for fewer than three
     points.
     """
-    predicted = _numbers(predicted, "predicted", (None,))
-    lost = _numbers(lost, "lost", predicted.shape)
+    predicted = numbers(predicted, "predicted", (None,))
+    lost = numbers(lost, "lost", predicted.shape)
     if len(predicted) < 3:
         raise ValueError(f"ranks of fewer than three points say nothing, got {len(predicted)}")
     names = ["cells"] * len(predicted) if groups is None else list(groups)
     if len(names) != len(predicted):
         raise ValueError(f"expected {len(predicted)} groups, one for each point, got {len(names)}")
-    figure, ax = _place(ax, 3.4)
+    figure, ax = placed(ax, 3.4)
     handles = []
     for k, name in enumerate(dict.fromkeys(names)):
         here = np.array([n == name for n in names])
@@ -105,7 +96,7 @@ def predicted_against_lost(
                 100 * lost[here],
                 s=14,
                 color=COLOURS[k % len(COLOURS)],
-                marker=_MARKERS[k % len(_MARKERS)],
+                marker=MARKERS[k % len(MARKERS)],
                 alpha=0.7,
                 linewidths=0,
             )
@@ -113,8 +104,8 @@ def predicted_against_lost(
     if log:
         ax.set_xscale("symlog", linthresh=1e-2)
     if groups is not None:
-        _legend(ax, handles, list(dict.fromkeys(names)))
-    _dress(
+        add_legend(ax, handles, list(dict.fromkeys(names)))
+    dress(
         ax,
         f"Rank correlation {spearman(predicted, lost):.2f}",
         predicted_name,
