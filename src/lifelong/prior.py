@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -341,18 +341,12 @@ class Prior:
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
         self._require_anchor(model)  # before anything is drawn
-        items = self.memorise(model, data, head=head, generator=generator, batch_size=batch_size)
-        return self.recall(
-            model,
-            data,
-            items,
-            head=head,
-            path=path,
-            groups=groups,
-            max_groups=max_groups,
-            generator=generator,
-            batch_size=batch_size,
-        )
+        over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
+        with _undrawn(generator):
+            items = self.memorise(model, data, **over)
+            return self.recall(
+                model, data, items, path=path, groups=groups, max_groups=max_groups, **over
+            )
 
     def identify(
         self,
@@ -947,6 +941,17 @@ def _union(heads: tuple[Head | None, ...]) -> Head | None:
     if any(h is None for h in heads):
         return None
     return tuple(sorted({c for h in heads for c in h or ()}))
+
+
+@contextmanager
+def _undrawn(generator: torch.Generator | None) -> Iterator[None]:
+    """Where something raises inside, what was drawn is given back."""
+    state = torch.get_rng_state() if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state) if generator is None else generator.set_state(state)
+        raise
 
 
 def _mode_matters(model: nn.Module) -> bool:
