@@ -48,6 +48,7 @@ def ewc(
     discount: float = 1.0,
     estimator: Estimator = "exact",
     curvature_examples: int | None = None,
+    equal_tasks: bool = False,
     precision: float = 0.0,
 ) -> Prior:
     r"""Elastic weight consolidation: strength · ½ sum_s <theta - theta_s, F_s (theta - theta_s)>.
@@ -74,6 +75,7 @@ def ewc(
         estimator=estimator,
         curvature_examples=curvature_examples,
         strength=strength,
+        equal_tasks=equal_tasks,
         discount=discount if online else 1.0,
         gradient=gradient,
     )
@@ -259,6 +261,7 @@ def gradient_reconstruction(
     temperature: float = 1.0,
     estimator: Estimator = "exact",
     curvature_examples: int | None = None,
+    equal_tasks: bool = False,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -272,6 +275,7 @@ def gradient_reconstruction(
     examples of its task; False counts every past example's curvature exactly once (w = 1). The two
     agree where all is kept. With a small memory and a diagonal G, w = 1 leaves nearly everything
     to G, which a diagonal carries badly, and it forgets more.
+    equal_tasks: each task counts as much as the one at hand, whatever its size (see ``Recipe``).
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -292,6 +296,7 @@ def gradient_reconstruction(
         estimator=estimator,
         curvature_examples=curvature_examples,
         strength=strength,
+        equal_tasks=equal_tasks,
         gradient=gradient,
         memory=memory if soft or hard or fraction else 0,
         score=score,
@@ -324,6 +329,7 @@ def experience_replay(
     strength: float = 1.0,
     balanced: bool = False,
     total: bool = True,
+    equal_tasks: bool = False,
 ) -> Prior:
     r"""Replay of true labels: strength · (N / M) sum_memory l(y, f), N all past examples.
 
@@ -342,6 +348,7 @@ def experience_replay(
         per_class=balanced,
         population=True,
         soft=0.0,
+        equal_tasks=equal_tasks,
         hard=strength,
     )
     return _prior(likelihood, recipe)
