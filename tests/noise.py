@@ -12,7 +12,18 @@ def write(folder: Path) -> Path:
     """All data sets that the tables read; the folder."""
     for split, count in (("train", 600), ("test", 300)):
         images(folder / f"mnist-{split}.parquet", (28, 28), classes=10, count=count)
+    rows(folder / "stream_elec.parquet", columns=8, count=120)
     return folder
+
+
+def rows(path: Path, *, columns: int, count: int) -> None:
+    """Numbers in columns, and labels 0 and 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    generator = np.random.default_rng(count)
+    table = {f"x{i}": generator.random(count, np.float32) for i in range(columns)}
+    pq.write_table(pa.table({**table, "label": generator.integers(0, 2, count)}), path)
 
 
 def images(path: Path, shape: tuple[int, ...], *, classes: int, count: int) -> None:
