@@ -11,6 +11,8 @@ from ..table import Table
 _MODULES = (
     "mnist",
     "elec2",
+    "ablation",
+    "frozen",
 )  # fmt: skip
 
 
