@@ -134,3 +134,16 @@ def test_river(name: str, data: Path, tmp_path: Path) -> None:
     context = Context(cache=tmp_path, folder=tmp_path, data=data, smoke=True)
     result: dict[str, Any] = ELEC2.run(ELEC2, Cell("elec2", name, 0, 0), context)
     assert 0 <= result["accuracy"] <= 1
+
+
+def test_picture(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.elec2_picture import curves_of, draw
+
+    execute(ELEC2, tmp_path / "out", data=data, jobs=0, smoke=True)
+    (curve,) = curves_of(tmp_path / "out", "Laplace filter")
+    figure = draw(tmp_path / "out")
+    left, right = figure.axes
+    assert [len(ax.lines) for ax in (left, right)] == [1, 1]  # river is not in the smoke version
+    assert list(left.lines[0].get_ydata()) == [100 * accuracy for accuracy in curve]
+    figure.savefig(tmp_path / "out.png")
