@@ -10,6 +10,8 @@ from ..table import Table
 
 _MODULES = (
     "mnist",
+    "ablation",
+    "frozen",
     "cifar",
 )  # fmt: skip
 
