@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,7 @@ CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
     "scheduler": (lifelong.derpp(Categorical(), memory=6), (), {"scheduler": cosine, "clip": 1.0}),
     "autocast": (lifelong.kprior(Categorical(), memory=4), (), {"autocast": torch.bfloat16}),
     "augment": (lifelong.kprior(Categorical(), memory=4), (), {"augment": jitter, "min_steps": 7}),
+    "kronecker": (lifelong.online_laplace(Categorical(), structure="kronecker"), (), {"renew": 2}),
     "separate": (lifelong.separate(Categorical()), (), {}),
     "joint": (lifelong.joint(Categorical()), (nn.BatchNorm1d(16),), {}),
 }
@@ -121,6 +123,26 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, case, task, epoch):
     assert resumed.prior.num_tasks == 3
 
 
+@pytest.mark.parametrize("renew", [1, 2])
+def test_a_curvature_is_multiplied_with_the_weights_every_few_steps(renew):
+    one = learner("kronecker", renew=renew, optimizer=lambda p: torch.optim.SGD(p, 1e-3), epochs=1)
+    first, second = stream()[:2]
+    one.learn(first)
+    model, prior, task = copy.deepcopy(one.model), one.prior, second.train
+    order = torch.Generator()
+    order.set_state(one.generator.get_state())
+    one.fit(second)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step, index in enumerate(torch.randperm(len(task), generator=order).split(10)):
+        if step % renew == 0:
+            near = prior if renew == 1 else prior.near(model)
+        inputs, labels, _ = task.batch(index)
+        optimizer.zero_grad()
+        near.loss(model, inputs, labels, num_data=len(task), head=task.head).backward()
+        optimizer.step()
+    assert same(weights(model), weights(one.model))
+
+
 @pytest.mark.parametrize("case", ["si", "scheduler", "dropout"])
 def test_a_fit_that_the_callback_stops_goes_on_after_that_epoch(case):
     whole, stopped = learner(case), learner(case)
@@ -158,6 +180,57 @@ def test_run_tests_every_task_seen_and_tells_of_each():
     assert all(math.isfinite(p.loss) and p.seconds > 0 for p in progress)
     evaluated = ~matrix.values.isnan()
     assert torch.equal(evaluated, torch.ones(3, 3).tril().bool())
+
+
+def test_a_run_may_test_one_task_ahead():
+    """R[t, t+1] beside what the run says without; no number of it changes."""
+    plain, ahead = learner("ewc"), learner("ewc")
+    expected, found = plain.run(stream()).values, ahead.run(stream(), ahead=True).values
+    assert torch.equal(found.tril(), expected.nan_to_num().tril())
+    assert (~found.isnan()).sum(1).tolist() == [2, 3, 3]
+    again = learner("ewc")
+    again.learn(stream()[0])
+    test = stream()[1].test
+    assert test is not None
+    assert found[0, 1] == lifelong.evaluate(again.model, test, Categorical()).accuracy
+    # Half way, the matrix is of the tasks so far.
+    half = learner("ewc")
+    half.accuracy = [[0.5, 0.25], [0.5, 0.75, 0.25]]
+    assert half.matrix.to_list() == [[0.5, 0.25], [0.5, 0.75]]
+
+
+def test_a_run_saves_no_more_often_than_it_is_told(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(lifelong.learner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Learner, "save", lambda self, path: saved.append(now[0]))
+
+    def epoch(progress: Progress) -> None:
+        now[0] += 10.0
+
+    learner("ewc").run(stream(), folder=tmp_path, save_every=25.0, on_epoch=epoch)
+    # At once, then from 25 s on: epochs end at 0, 10, 20 and tasks at 30, 60, 90.
+    assert saved == [0.0, 30.0, 60.0, 90.0]
+    saved.clear()
+    learner("ewc").run(stream(), folder=tmp_path)
+    assert len(saved) == 1 + 3 * 3 + 3
+
+
+@pytest.mark.parametrize("case", ["ewc", "fromp", "joint"])
+def test_gradients_count_new_and_remembered_examples(tmp_path, case):
+    fresh = learner(case)
+    fresh.run(stream(), folder=tmp_path)
+    steps, new = 3 * 3, 3 * 24  # three epochs of 24 examples, 10 at a time
+    later = {"ewc": new, "fromp": new + steps * 4}  # 4 of each step from memory
+    expected = new + 2 * later[case] if case in later else new * (1 + 2 + 3)
+    assert fresh.gradients == expected
+    assert learner(case).load(tmp_path / CHECKPOINT).gradients == expected
+
+
+def test_num_drawn_is_what_a_value_reads():
+    fresh = learner("fromp")
+    fresh.run(stream())
+    assert [fresh.prior.num_drawn(n) for n in (None, 5, 100)] == [12, 5, 12]
+    assert lifelong.ewc(Categorical()).num_drawn() == 0
 
 
 def test_separate_forgets_nothing_and_joint_learns_all():
@@ -480,6 +553,7 @@ def test_weights_that_blow_up_in_the_last_step_are_noticed():
         ({"batch_size": 0}, "at least 1, got 1 and 0"),
         ({"memory_batch_size": 0}, "memory_batch_size must be at least 1, or None for all, got 0"),
         ({"min_steps": -1}, "min_steps must be at least 0, got -1"),
+        ({"renew": 0}, "renew must be at least 1, got 0"),
         ({"clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
     ],
 )

@@ -12,6 +12,8 @@ predictive_bands                        what a 1-D regression does not know, and
 evidence_against_test                   does the training data's evidence find the best test loss?
 reliability_diagram                     does a confidence of 0.8 mean right in 80 % of the cases?
 memory_curves                           how much of the past must be kept to adapt to a change?
+accuracy_against_memory                 a table's methods over the examples they keep of each task
+decision_regions                        what a classifier says all over the plane, and its memory
 
 Arrays are tensors, numpy arrays or nested lists. Figures are 4 inches wide, so that at 400 pixels
 the text is still legible, on white; ``savefig(..., transparent=True)`` leaves the ground out.
@@ -26,9 +28,10 @@ infinite, before anything is drawn; ImportError where matplotlib is missing (the
 from __future__ import annotations
 
 from .arrays import Array
-from .curves import memory_curves
+from .curves import accuracy_against_memory, memory_curves
 from .examples import memorable_examples
 from .predictions import evidence_against_test, kernel_matrix, predictive_bands, reliability_diagram
+from .regions import decision_regions
 from .scores import (
     pearson,
     ranked_sensitivity,
@@ -46,6 +49,8 @@ __all__ = [
     "RULE",
     "SOFT",
     "Array",
+    "accuracy_against_memory",
+    "decision_regions",
     "evidence_against_test",
     "kernel_matrix",
     "memorable_examples",

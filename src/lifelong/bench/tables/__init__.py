@@ -10,6 +10,9 @@ from ..table import Table
 
 _MODULES = (
     "mnist",
+    "ablation",
+    "frozen",
+    "cifar",
 )  # fmt: skip
 
 
