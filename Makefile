@@ -48,8 +48,8 @@ lint: $(VENV)/.dev ## linters and type checker only
 bench: $(VENV)/.dev ## speed, as ratios to plain PyTorch in the same run
 	@$(ONE_THREAD) $(BIN)/python -m pytest benchmarks --benchmark-enable $(PYTEST)
 
-tables: $(VENV)/.dev ## the long reproductions of published tables (hours)
-	@$(BIN)/python benchmarks/tables.py
+tables: $(VENV)/.dev ## all tables at equal memory (hours, resumable); LIFELONG_DATA=DIR
+	@$(BIN)/python -m benchmarks.tables
 
 clean: ## remove .venv and what the tools left; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks build dist

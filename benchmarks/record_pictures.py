@@ -1,18 +1,39 @@
-"""Pictures of the newest records: docs/images/sensitivity-retrained.png, dnn2gp-toy.png, and
-kprior-SET.png for each set of the K-priors experiments, as svg in their record too.
+"""Pictures of the newest records, in docs/images.
 
-python -m benchmarks.record_pictures
+    python -m benchmarks.record_pictures [--data DIR]
+
+sensitivity-retrained, dnn2gp-toy   estimates against retraining; evidence against test error
+kprior-SET                          the four adaptations of each set, as svg in their record too
+fromp-toy                           decision boundaries after each of five tasks
+memorable-SET                       most and least memorable examples, which are read from --data
+memory-TABLE                        accuracy against memory, of each table with several memories
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 
-from lifelong.plots import evidence_against_test, memory_curves, sensitivity_scatter
+from lifelong.plots import (
+    accuracy_against_memory,
+    decision_regions,
+    evidence_against_test,
+    memorable_examples,
+    memory_curves,
+    sensitivity_scatter,
+)
+from lifelong.readers import find, load
+from lifelong.toys import fromp_toy
+
+from .memorable import SETS
+from .pictures import write
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
@@ -83,8 +104,82 @@ def adaptations(name: str, record: Path) -> Figure:
     return figure
 
 
-def main() -> None:
-    record = max((HERE / "results").glob("*_adaptation"))
+def boundaries(record: Path) -> Figure:
+    """FROMP above fine-tuning: what each says of the plane after each of the five tasks."""
+    config = json.loads((record / "config.json").read_text())
+    with np.load(record / "regions.npz") as arrays:
+        found = dict(arrays)
+    stream = fromp_toy(num_per_class=config["num_per_class"], seed=config["seed"])
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    rows = {"fromp": "FROMP", "finetune": "Fine-tuning"}
+    panels = figure.subplots(len(rows), len(stream), sharex=True, sharey=True)
+    for axes, (method, name) in zip(panels, rows.items(), strict=True):
+        for t, ax in enumerate(axes):
+            seen = [task.train.batch(slice(None)) for task in stream[: t + 1]]
+            few = slice(None, None, 16)  # of both classes, which come one after the other
+            old = found["memorable"][found["task"] <= t]
+            decision_regions(
+                found["x"],
+                found["y"],
+                found[method][t] / 255,
+                points=torch.cat([batch.inputs[few] for batch in seen]),  # type: ignore[index]
+                labels=torch.cat([batch.labels[few] for batch in seen]),
+                marked=old if method == "fromp" else None,
+                title=f"{name}, task {t + 1}" if t == 0 else f"task {t + 1}",
+                ax=ax,
+            )
+            ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def memorable(record: Path, data: Path) -> dict[str, Figure]:
+    """The examples of the record, by set."""
+    figures = {}
+    for name, of in json.loads((record / "result.json").read_text()).items():
+        train = load(find(data, SETS[name].file), dtype=torch.uint8)
+        chosen = [
+            (entry["index"], entry["score"])
+            for sides in of["chosen"].values()
+            for side in sides.values()
+            for entry in side
+        ]
+        index, scores = (torch.tensor(values) for values in zip(*chosen, strict=True))
+        some = train[index].batch(slice(None))
+        kind = "photos" if name == "cifar10" else "digits"
+        figures[name] = memorable_examples(
+            some.inputs,  # type: ignore[arg-type]
+            scores,
+            labels=some.labels,
+            k=len(next(iter(of["chosen"].values()))["most"]),
+            per_class=True,
+            class_names=SETS[name].class_names,
+            score_name="λ, how undecided the network is",
+            title=f"Most and least memorable of {len(train):,} {kind}",
+        )
+    return figures
+
+
+# Of a table's rows those that a picture has room for, the first six that are there.
+ROWS = ("recommended", "gradient_reconstruction", "fromp", "kprior", "experience_replay", "derpp")
+
+
+def memories(record: Path) -> Figure | None:
+    """Accuracy against memory, where a table has several memories."""
+    result = json.loads((record / "result.json").read_text())
+    kept: dict[str, set[int]] = {}
+    for row in result.get("rows", ()) if "table" in result else ():
+        if row["memory"] and "accuracy" in row:
+            kept.setdefault(row["method"], set()).add(row["memory"])
+    methods = [name for name in ROWS if len(kept.get(name, ())) > 1]
+    return accuracy_against_memory(result, methods=methods) if methods else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with MNIST and CIFAR-10")
+    options = parser.parse_args(argv)
+    results = HERE / "results"
+    record = max(results.glob("*_adaptation"))
     for name, changes in json.loads((record / "result.json").read_text()).items():
         if not PANELS.keys() <= changes.keys():
             continue  # not finished yet
@@ -93,6 +188,17 @@ def main() -> None:
         figure.savefig(record / f"{name}.svg")
     retrained().savefig(IMAGES / "sensitivity-retrained.png", dpi=110)
     toy().savefig(IMAGES / "dnn2gp-toy.png", dpi=110)
+    write(boundaries(max(results.glob("*_fromp-toy"))), IMAGES / "fromp-toy.png")
+    if options.data is not None:
+        for name, figure in memorable(max(results.glob("*_memorable")), options.data).items():
+            write(figure, IMAGES / f"memorable-{name}.png")
+    newest_of: dict[str, Path] = {}
+    for path in sorted(results.glob("*/result.json")):
+        newest_of[path.parent.name.partition("_")[2]] = path.parent
+    for name, folder in newest_of.items():
+        figure = memories(folder)
+        if figure is not None:
+            write(figure, IMAGES / f"memory-{name}.png")
 
 
 if __name__ == "__main__":

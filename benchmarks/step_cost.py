@@ -63,7 +63,8 @@ NETWORKS = {"mlp": "MLP 784-256-256-10", "cifarnet": "CifarNet"}
 class Config:
     """All settings; the smoke setting of a test is another one of these.
 
-    memory: examples kept of each task; examples: of each task; seconds: for each case and reading.
+    memory: examples kept of each task; examples: of each of ``tasks`` before; next: of the whole
+    task that is timed; seconds: for each case and reading.
     """
 
     cases: tuple[str, ...] = tuple(NETWORKS)
@@ -72,6 +73,7 @@ class Config:
     tasks: int = 5
     memory: int = 200
     examples: int = 1000
+    next: int = 5000
     batch: int = 128
     epochs: int = 5
     seconds: float = 50.0
@@ -155,7 +157,7 @@ def whole_task(case: str, method: str, config: Config) -> Work:
     """The next task, from the same weights and prior each time."""
     model = CASES[NETWORKS[case]].build()
     prior = prior_after(case, method, config, model)
-    data = examples(case, config.examples, heads(case, config.tasks)[-1], seed=config.tasks)
+    data = examples(case, config.next, heads(case, config.tasks)[-1], seed=config.tasks)
     task = Task(config.tasks, "next", data)
 
     def work() -> None:
@@ -173,15 +175,19 @@ def whole_task(case: str, method: str, config: Config) -> Work:
 # -------------------------------------------------------------------------------------- measuring
 
 
-def compare(works: Mapping[str, Work], seconds: float) -> list[Cost]:
-    """Rounds over all of ``works`` until the time is up, three at least; one is not counted."""
+def compare(works: Mapping[str, Work], seconds: float, *, warm: bool) -> list[Cost]:
+    """Rounds over all of ``works`` until the time is up, three at least and one uncounted before.
+
+    warm: once untimed before each, which pays for what the method before left in the caches.
+    """
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     while turn < 4 or time.perf_counter() - start < seconds:
         for k in range(len(names)):
             name = names[(k + turn) % len(names)]
-            works[name]()  # whatever the method before left in the caches is paid here
+            if warm:
+                works[name]()
             before = time.process_time()
             works[name]()
             if turn:
@@ -206,21 +212,26 @@ def measure(case: str, reading: Reading, config: Config) -> list[Cost]:
             else:
                 memory = config.batch if reading == "batch" else None
                 works[method] = step(case, method, config, stack, memory)
-        return compare(works, config.seconds)
+        return compare(works, config.seconds, warm=reading != "task")
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    """Measure, and write the record; cases and readings that are not measured now stay in it."""
+    """Measure, and write the record; what is not measured now stays in it."""
     path = out / "result.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for case in config.cases:
         for reading in config.readings:
             costs = measure(case, reading, config)
-            result[f"{case}, {reading}"] = [asdict(cost) for cost in costs]
+            rows = {row["method"]: row for row in result.get(f"{case}, {reading}", [])}
+            rows |= {cost.method: asdict(cost) for cost in costs}
+            result[f"{case}, {reading}"] = [rows[name] for name in METHODS if name in rows]
             for cost in costs:
                 log(out, f"{case} | {reading} | {cost.method}: {cost.ratio:.3f} x replay")
             _dump(path, result)
-    _dump(out / "config.json", {"bar": BAR, "reference": REFERENCE, **asdict(config)})
+    settings = asdict(config)
+    for chosen in ("cases", "readings", "methods"):
+        del settings[chosen]  # the result says it
+    _dump(out / "config.json", {"bar": BAR, "reference": REFERENCE, **settings})
     _dump(out / "versions.json", versions())
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -56,7 +57,7 @@ BREAKS = replace(TOY, methods=(Method("breaks", "finetune"), Method("plain", "fi
 def untimed(summary: Any) -> Any:
     """Without what differs from run to run."""
     if isinstance(summary, dict):
-        timed = ("seconds", "wall_seconds", "peak_memory", "resumed")
+        timed = ("seconds", "wall_seconds", "cpu_seconds", "peak_memory", "resumed")
         return {k: untimed(v) for k, v in summary.items() if k not in timed}
     return [untimed(v) for v in summary] if isinstance(summary, list) else summary
 
@@ -162,6 +163,20 @@ def test_a_changed_definition_is_refused_unless_it_is_done_anew(tmp_path: Path) 
     # What is no setting may change: notes, what a row is called tuned on.
     noted = replace(kprior, note="a note", tuned="published")
     execute(replace(changed, methods=(noted,)), tmp_path, seeds=1, jobs=0)
+
+
+def test_a_setting_that_is_new_had_its_default() -> None:
+    digits = table("split-digits")
+    then = json.loads(json.dumps(digits.definition("ewc")))
+    del then["setup"]["share"], then["setup"]["training"]["clip"]
+    assert record.changes(digits, "ewc", then) == []
+    then["setup"]["training"]["momentum"] = 0.5
+    then["setup"]["gone"] = 1
+    assert record.changes(digits, "ewc", then) == [
+        "setup.training.momentum 0.5 -> 0.0", "setup.gone 1 -> unset",
+    ]  # fmt: skip
+    del then["setup"]["training"]["epochs"]  # of which this table does not have the default
+    assert "setup.training.epochs 10 -> 15" in record.changes(digits, "ewc", then)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +346,7 @@ def test_a_failure_is_told(command: Command, tmp_path: Path) -> None:
     assert code == 1
     assert "breaks, seed 0: FAILED, ValueError: no luck in $LIFELONG_DATA" in err
     assert "0, 1 failed" in out
+    assert command(*args, "--methods", "plain")[0] == 0  # which did not fail
     assert err.endswith(f"again with: lifelong bench {' '.join(map(str, args))}\n")
 
 
@@ -374,9 +390,9 @@ def test_an_interrupted_table_ends_its_workers_and_goes_on(tmp_path: Path) -> No
 
     def wait_for_the_end_of_all(process: subprocess.Popen[str]) -> None:
         end = time.monotonic() + 60
-        with pytest.raises(ProcessLookupError):
-            while time.monotonic() < end:
-                os.killpg(process.pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            while os.killpg(process.pid, 0) is None:
+                assert time.monotonic() < end
                 time.sleep(0.02)
 
     process = start()

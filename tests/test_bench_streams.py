@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lifelong import Categorical, Examples, Learner, Task, fromp
 from lifelong.bench import record, streams
+from lifelong.bench.execute import Place, next_cell
 from lifelong.bench.streams import held_out, reduced, run_stream, union
 from lifelong.bench.table import Cell, Context, Method, Table
 from lifelong.benchmarks import benchmark
@@ -188,6 +189,41 @@ def test_joint_training_of_heads_is_under_each_examples_own_head() -> None:
     assert type(streams._labels_heads(free)) is Categorical
 
 
+def test_a_decoded_stream_is_kept_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(data: Path | None, scenario: Any) -> TaskStream:
+        made.append(digits(scenario))
+        return made[-1]
+
+    needy = replace(benchmark("split-digits"), make_stream=make, needs_data=True)
+    monkeypatch.setattr(streams, "benchmark", lambda name: needy)
+    for scenario in ("class", "task"):
+        first = streams.loaded("x", scenario, tmp_path, tmp_path)
+        streams.loaded.cache_clear()
+        again = streams.loaded("x", scenario, tmp_path, tmp_path)
+        streams.loaded.cache_clear()
+        assert made == [*made[:-1], first]
+        assert (again.name, again.num_outputs, again.scenario) == (
+            first.name, first.num_outputs, first.scenario,
+        )  # fmt: skip
+        for old, new in zip(first, again, strict=True):
+            assert (old.index, old.name, old.head) == (new.index, new.name, new.head)
+            assert old.test is not None
+            assert new.test is not None
+            for a, b in ((old.train, new.train), (old.test, new.test)):
+                assert torch.equal(a.inputs, b.inputs)  # type: ignore[arg-type]
+                assert torch.equal(a.labels, b.labels)
+                assert torch.equal(a.ids, b.ids)
+    assert len(made) == 2
+    turned = permuted((torch.randn(4, 3), torch.arange(4) % 2), num_tasks=2)
+    assert streams._stream_state(turned) is None  # it has transforms
+    monkeypatch.setattr(streams, "LARGEST_KEPT", 10)
+    assert streams._stream_state(digits()) is None
+
+
 # What is measured ---------------------------------------------------------------------------------
 
 
@@ -301,3 +337,21 @@ def test_a_task_without_a_test_cannot_be_measured() -> None:
     learner = Learner(nn.Linear(2, 2), PRESETS["finetune"](Categorical()))
     with pytest.raises(ValueError, match="no test examples"):
         streams._test(learner, Task(0, "a", data))
+
+
+def test_cells_that_would_train_the_same_first_task_are_not_begun_together(tmp_path: Path) -> None:
+    place = Place(TABLE, tmp_path, None, tmp_path, smoke=False)
+    cells = {(c.method, c.seed): c for c in TABLE.cells(seeds=2)}
+    running = [cells["finetune", 0]]
+    waiting = [cells["ewc", 0], cells["fromp", 0], cells["si", 0], cells["ewc", 1]]
+    assert next_cell(place, waiting, []) == cells["ewc", 0]
+    assert next_cell(place, waiting, running) == cells["si", 0]
+    assert next_cell(place, [*waiting[:2], waiting[3]], running) == cells["ewc", 1]
+    assert next_cell(place, waiting[:2], running) is None
+    assert next_cell(place, waiting, [cells["si", 0]]) == cells["ewc", 0]
+    cell(TABLE, "finetune", tmp_path)
+    assert next_cell(place, waiting, running) == cells["ewc", 0]
+    # A row with settings that make no prior fails in its cell, not here.
+    wrong = replace(TABLE, methods=(Method("wrong", "ewc", {"strngth": 1}),))
+    assert next_cell(replace(place, table=wrong), list(wrong.cells(seeds=1)), []) is not None
+    assert next_cell(replace(place, table=replace(TABLE, run=cell)), waiting, running) is not None

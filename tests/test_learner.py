@@ -160,6 +160,57 @@ def test_run_tests_every_task_seen_and_tells_of_each():
     assert torch.equal(evaluated, torch.ones(3, 3).tril().bool())
 
 
+def test_a_run_may_test_one_task_ahead():
+    """R[t, t+1] beside what the run says without; no number of it changes."""
+    plain, ahead = learner("ewc"), learner("ewc")
+    expected, found = plain.run(stream()).values, ahead.run(stream(), ahead=True).values
+    assert torch.equal(found.tril(), expected.nan_to_num().tril())
+    assert (~found.isnan()).sum(1).tolist() == [2, 3, 3]
+    again = learner("ewc")
+    again.learn(stream()[0])
+    test = stream()[1].test
+    assert test is not None
+    assert found[0, 1] == lifelong.evaluate(again.model, test, Categorical()).accuracy
+    # Half way, the matrix is of the tasks so far.
+    half = learner("ewc")
+    half.accuracy = [[0.5, 0.25], [0.5, 0.75, 0.25]]
+    assert half.matrix.to_list() == [[0.5, 0.25], [0.5, 0.75]]
+
+
+def test_a_run_saves_no_more_often_than_it_is_told(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(lifelong.learner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Learner, "save", lambda self, path: saved.append(now[0]))
+
+    def epoch(progress: Progress) -> None:
+        now[0] += 10.0
+
+    learner("ewc").run(stream(), folder=tmp_path, save_every=25.0, on_epoch=epoch)
+    # At once, then from 25 s on: epochs end at 0, 10, 20 and tasks at 30, 60, 90.
+    assert saved == [0.0, 30.0, 60.0, 90.0]
+    saved.clear()
+    learner("ewc").run(stream(), folder=tmp_path)
+    assert len(saved) == 1 + 3 * 3 + 3
+
+
+@pytest.mark.parametrize("case", ["ewc", "fromp", "joint"])
+def test_gradients_count_new_and_remembered_examples(tmp_path, case):
+    fresh = learner(case)
+    fresh.run(stream(), folder=tmp_path)
+    steps, new = 3 * 3, 3 * 24  # three epochs of 24 examples, 10 at a time
+    later = {"ewc": new, "fromp": new + steps * 4}  # 4 of each step from memory
+    expected = new + 2 * later[case] if case in later else new * (1 + 2 + 3)
+    assert fresh.gradients == expected
+    assert learner(case).load(tmp_path / CHECKPOINT).gradients == expected
+
+
+def test_num_drawn_is_what_a_value_reads():
+    fresh = learner("fromp")
+    fresh.run(stream())
+    assert [fresh.prior.num_drawn(n) for n in (None, 5, 100)] == [12, 5, 12]
+    assert lifelong.ewc(Categorical()).num_drawn() == 0
+
+
 def test_separate_forgets_nothing_and_joint_learns_all():
     separate = learner("separate", epochs=20).run(stream())
     assert torch.equal(separate.values[2], separate.values.diagonal())

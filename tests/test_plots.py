@@ -41,6 +41,25 @@ CURVES = {
     "replay": (np.array([0.02, 0.1]), torch.tensor([[0.3, 0.6]])),
 }
 
+
+def of_seeds(*values: float) -> dict[str, Any]:
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error, "per_seed": list(values)}
+
+
+RECORD = {
+    "title": "A table",
+    "rows": [
+        {"method": "joint", "memory": 0, "accuracy": of_seeds(0.97, 0.99)},
+        {"method": "ewc", "memory": 0, "accuracy": of_seeds(0.2)},
+        {"method": "separate", "memory": 0},  # failed
+        {"method": "replay", "memory": 100, "accuracy": of_seeds(0.8, 0.9)},
+        {"method": "replay", "memory": 10, "accuracy": of_seeds(0.5, 0.7)},
+        {"method": "ours", "memory": 10, "accuracy": of_seeds(0.9)},
+    ],
+}
+PLANE = 1 / (1 + np.exp(-3 * GRID - GRID[:5, None]))
+
 FUNCTIONS: dict[str, Callable[..., Figure]] = {
     "memorable images": lambda ax=None: plots.memorable_examples(IMAGES, SCORES, ax=ax),
     "memorable texts": lambda ax=None: plots.memorable_examples(["a"] * 12, SCORES, ax=ax),
@@ -55,6 +74,17 @@ FUNCTIONS: dict[str, Callable[..., Figure]] = {
         GRID + 2, GRID, GRID, axes=None if ax is None else [ax, ax.twinx()]
     ),
     "memory": lambda ax=None: plots.memory_curves(CURVES, reference=[0.9, 0.94], ax=ax),
+    "record": lambda ax=None: plots.accuracy_against_memory(RECORD, ax=ax),
+    "regions": lambda ax=None: plots.decision_regions(
+        GRID,
+        GRID[:5],
+        PLANE,
+        points=K[:, :2],
+        labels=LABELS % 2,
+        marked=K[:3, :2],
+        title="t",
+        ax=ax,
+    ),
     "reliability": lambda ax=None: plots.reliability_diagram(
         P, Y, axes=None if ax is None else [ax, ax.twinx()]
     ),
@@ -649,3 +679,69 @@ def test_the_script_of_the_page_runs(tmp_path: Any, capsys: Any) -> None:
     }  # fmt: skip
     assert SMOKE.epochs == 2
     assert "left out" in capsys.readouterr().out
+
+
+class TestAccuracyAgainstMemory:
+    def test_draws_the_means_and_the_errors_of_the_record(self) -> None:
+        ax = plots.accuracy_against_memory(RECORD, methods=["replay", "ours"]).axes[0]
+        lines = [line for line in ax.lines if line.get_marker() != "None"]
+        assert [list(line.get_xdata()) for line in lines] == [[10, 100], [10]]
+        np.testing.assert_allclose(lines[0].get_ydata(), [60, 85])
+        band = ax.collections[0].get_paths()[0].vertices
+        np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [50, 90])
+        across = [line for line in ax.lines if line.get_marker() == "None"]
+        np.testing.assert_allclose([line.get_ydata()[0] for line in across], [98, 20])
+        assert len({str(line._unscaled_dash_pattern) for line in across}) == 2
+        legend = [t.get_text() for t in ax.get_legend().get_texts()]
+        assert legend == ["replay", "ours", "joint 98.0", "ewc 20.0"]
+        assert ax.get_xscale() == "log"
+        assert texts(ax)[0] == "2 seeds; bands: ± 1 standard error"
+
+    def test_takes_the_rows_with_two_memories_by_default_and_calls_them_as_told(self) -> None:
+        named = {"replay": "Replay", "joint": "All data"}
+        ax = plots.accuracy_against_memory(RECORD, levels=["joint"], names=named).axes[0]
+        legend = [t.get_text() for t in ax.get_legend().get_texts()]
+        assert legend == ["Replay", "All data 98.0"]
+
+    def test_says_what_the_record_lacks(self) -> None:
+        with pytest.raises(ValueError, match=r"no accuracy with a memory for \['joint', 'us'\]"):
+            plots.accuracy_against_memory(RECORD, methods=["joint", "us"])
+        with pytest.raises(ValueError, match="expected 1 to 6 methods"):
+            plots.accuracy_against_memory(RECORD, methods=[])
+        with pytest.raises(ValueError, match="expected 1 to 6 methods"):
+            plots.accuracy_against_memory({"rows": []})
+
+
+class TestDecisionRegions:
+    def test_the_boundary_is_where_the_probability_is_a_half(self) -> None:
+        ax = plots.decision_regions(GRID, GRID[:5], PLANE).axes[0]
+        vertices = np.concatenate([p.vertices for p in ax.collections[-1].get_paths()])
+        np.testing.assert_allclose(3 * vertices[:, 0] + vertices[:, 1], 0, atol=0.02)
+
+    def test_a_plane_without_a_boundary_has_none_and_points_are_told_apart(self) -> None:
+        figure = plots.decision_regions(
+            GRID, GRID, np.full((9, 9), 0.8), points=K[:, :2], labels=LABELS % 2, marked=K[:2, :2]
+        )
+        ax = figure.axes[0]
+        assert len(ax.collections) == 1
+        zeros, ones, rings = ax.lines
+        np.testing.assert_array_equal(zeros.get_xydata(), K[LABELS % 2 == 0, :2])
+        np.testing.assert_array_equal(ones.get_xydata(), K[LABELS % 2 == 1, :2])
+        np.testing.assert_array_equal(rings.get_xydata(), K[:2, :2])
+        assert zeros.get_marker() != ones.get_marker()
+
+    @pytest.mark.parametrize(
+        ("message", "options"),
+        [
+            ("must increase", {"x": GRID[::-1]}),
+            ("must increase", {"y": [0.0], "probability": PLANE[:1]}),
+            (r"in \[0, 1\], got .* to 1.1", {"probability": PLANE + 0.1 + 1 - PLANE.max()}),
+            ("labels must be 0 or 1", {"points": K[:, :2], "labels": LABELS}),
+            ("labels must be 12 integers", {"points": K[:, :2]}),
+            (r"probability must have shape \(5, 9\)", {"probability": PLANE.T}),
+        ],
+    )
+    def test_says_what_does_not_fit(self, message: str, options: dict[str, Any]) -> None:
+        given = {"x": GRID, "y": GRID[:5], "probability": PLANE, **options}
+        with pytest.raises(ValueError, match=message):
+            plots.decision_regions(**given)

@@ -141,6 +141,16 @@ class Place:
     cache: Path
     smoke: bool
 
+    def shared(self, cell: Cell) -> Path | None:
+        """What the cell makes for others too, if its table's ``run`` tells."""
+        shared = getattr(self.table.run, "shared", None)
+        if shared is None:
+            return None
+        try:
+            return shared(self.table, cell, Context(self.cache, self.out, self.data, self.smoke))
+        except Exception:  # wrong settings: the cell will fail by itself, and tell
+            return None
+
     def context(self, cell: Cell, report: Callable[[float], None]) -> Context:
         of = json.dumps([self.table.definition(cell.method), fingerprint()], sort_keys=True)
         other = hashlib.sha256(of.encode()).hexdigest()[:8]  # settings and code start anew
@@ -157,7 +167,7 @@ def compute(
     place: Place, cell: Cell, report: Callable[[float], None], *, fresh: bool
 ) -> dict[str, Any]:
     """Compute one cell and write its file; what it holds. fresh: this process is of the cell
-    alone, so that its peak of memory is the cell's."""
+    alone, so that its peak of memory and its time of the processor are the cell's."""
     start = time.perf_counter()
     context = place.context(cell, report)
     resumed = any(context.folder.iterdir())
@@ -177,6 +187,7 @@ def compute(
         return write(error=described(error, place))
     if fresh:
         result.setdefault("peak_memory", peak_memory())
+        result.setdefault("cpu_seconds", time.process_time())
     content = write(result=result)
     shutil.rmtree(context.folder, ignore_errors=True)
     return content
@@ -241,8 +252,12 @@ def _in_processes(place: Place, cells: Sequence[Cell], jobs: int) -> States:
     waiting, workers = list(cells), []
     try:
         while waiting or workers:
-            while waiting and len(workers) < jobs:
-                workers.append(_start(place, waiting.pop(0)))
+            while len(workers) < jobs:
+                cell = next_cell(place, waiting, [w.cell for w in workers])
+                if cell is None:
+                    break
+                waiting.remove(cell)
+                workers.append(_start(place, cell))
             wait([w.process.sentinel for w in workers], timeout=1.0)
             for worker in workers:
                 worker.read()
@@ -255,6 +270,16 @@ def _in_processes(place: Place, cells: Sequence[Cell], jobs: int) -> States:
             worker.process.terminate()
         for worker in workers:
             worker.process.join()
+
+
+def next_cell(place: Place, waiting: Sequence[Cell], running: Sequence[Cell]) -> Cell | None:
+    """The first that need not wait for what a running one is making for both; None for none."""
+    making = {place.shared(cell) for cell in running} - {None}
+    for cell in waiting:
+        shared = place.shared(cell)
+        if shared is None or shared not in making or shared.exists():
+            return cell
+    return None
 
 
 def _start(place: Place, cell: Cell) -> _Worker:

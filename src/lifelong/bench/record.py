@@ -18,7 +18,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..checkpoint import write
 from ..config import UsageError
 from ..errors import CheckpointError
 from ..metrics import AccuracyMatrix, mean_and_standard_error
-from .table import Cell, Table, plain
+from .table import Cell, Table, defaults, plain
 
 FORMAT = 1
 CONFIG, VERSIONS, MACHINE, RESULT = "config.json", "versions.json", "machine.json", "result.json"
@@ -118,7 +118,7 @@ def open_record(out: Path, table: Table, *, smoke: bool = False, redo: Sequence[
     for content in cells:
         name = content["method"]
         if name in known and name not in redo:
-            different = differences(content["definition"], table.definition(name))
+            different = changes(table, name, content["definition"])
             if different:
                 changed[name] = different
     if changed:
@@ -182,6 +182,23 @@ def _config(table: Table, smoke: bool, before: Mapping[str, Any] | None) -> dict
     )
 
 
+def changes(table: Table, name: str, then: Mapping[str, Any]) -> list[str]:
+    """What differs between the definition ``then`` of a row and the table's now; a setting that
+    was not there then had its default."""
+    now = table.definition(name)
+    if is_dataclass(table.run) and not isinstance(table.run, type):
+        then = {**then, "setup": _filled(then["setup"], defaults(table.run))}
+    return differences(then, now)
+
+
+def _filled(values: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**default, **values}
+    for name, inside in default.items():
+        if isinstance(inside, Mapping) and isinstance(values.get(name), Mapping):
+            found[name] = _filled(values[name], inside)
+    return found
+
+
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
     """What differs between two nestings of plain values, as "training.epochs 5 -> 3"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -217,17 +234,15 @@ def summarise(table: Table, cells: Iterable[Mapping[str, Any]]) -> dict[str, Any
     }
     rows = []
     for method, memory in _row_names(table, cells):
-        mine = [c for c in done if (c["method"], c["memory"]) == (method, memory)]
-        failed = [
-            c
-            for c in cells
-            if c["status"] == "failed" and (c["method"], c["memory"]) == (method, memory)
-        ]
+        row = [c for c in cells if (c["method"], c["memory"]) == (method, memory)]
+        mine = [c for c in row if c["status"] == "done"]
+        failed = [c for c in row if c["status"] == "failed"]
         results = [{**c["result"], **_compared(c, references)} for c in mine]
         rows.append(
             {
                 "method": method,
                 "memory": memory,
+                "preset": row[0]["definition"]["preset"],
                 "seeds": [c["seed"] for c in mine],
                 "revisions": sorted({c["revision"] or "unknown" for c in mine}),
                 **{name: over_seeds(values) for name, values in _numbers(results)},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..benchmarks import Benchmark, benchmark, learner_options
 from ..config import Scenario, Training
 from ..data import Examples, Head
@@ -35,6 +36,7 @@ from .source import fingerprint
 from .table import Cell, Context, Method, Table, plain
 
 SAVE_EVERY = 30.0  # seconds
+LARGEST_KEPT = 600_000_000  # bytes of a stream
 
 
 def run_stream(benchmark: str, scenario: Scenario, training: Training, **options: Any) -> StreamRun:
@@ -71,9 +73,7 @@ class StreamRun:
         chosen = benchmark(self.benchmark)
         stream = self.stream(context)
         training = self.training_of(method, context.smoke)
-        prior = PRESETS[method.preset](
-            Categorical(), **arguments(method.preset, method.settings, cell.memory, len(stream))
-        )
+        prior = self.prior_of(method, cell.memory, len(stream))
         seed = self.first_seed + cell.seed
 
         def make_learner(prior: Prior) -> Learner:
@@ -87,19 +87,37 @@ class StreamRun:
             learner = make_learner(PRESETS["finetune"](_labels_heads(stream)))
             matrix = _jointly(learner, stream, context)
         else:
-            if self.share and can_share(prior):
-                key = self._key(training, seed, context)
-                _first_task(learner, make_learner, stream[0], key, context)
+            shared = self.shared(table, cell, context)
+            if shared is not None:
+                _first_task(learner, make_learner, stream[0], shared, context)
             matrix = _in_a_row(learner, stream, context)
         joint = method.preset == "joint"
         return measured(learner, stream, matrix, untrained, jointly=joint)
 
+    def shared(self, table: Table, cell: Cell, context: Context) -> Path | None:
+        """The first task's weights, which the first cell that needs them makes; None for a cell
+        that trains that task by itself."""
+        method = table.method(cell.method)
+        prior = PRESETS[method.preset](
+            Categorical(), **arguments(method.preset, method.settings, cell.memory, 1)
+        )
+        if not self.share or method.preset == "joint" or not can_share(prior):
+            return None
+        training = self.training_of(method, context.smoke)
+        key = self._key(training, self.first_seed + cell.seed, context)
+        return context.cache / f"first-task-{key}" / CHECKPOINT
+
     def stream(self, context: Context) -> TaskStream:
         """The tasks, as small as a smoke test wants them, or with a part held out as the test."""
-        stream = _loaded(self.benchmark, self.scenario, context.data)
+        stream = loaded(self.benchmark, self.scenario, context.data, context.cache)
         if context.smoke:
             stream = reduced(stream[: self.smoke_tasks], self.smoke_examples)
         return held_out(stream, self.validation) if self.validation else stream
+
+    def prior_of(self, method: Method, memory: int, num_tasks: int) -> Prior:
+        """What the row's preset gives at ``memory`` examples of each task."""
+        given = arguments(method.preset, method.settings, memory, num_tasks)
+        return PRESETS[method.preset](Categorical(), **given)
 
     def training_of(self, method: Method, smoke: bool = False) -> Training:
         """The table's training with the method's changes."""
@@ -141,9 +159,55 @@ def published(name: str, preset: str, training: Training) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, scenario: Scenario, data: Path | None) -> TaskStream:
+def loaded(name: str, scenario: Scenario, data: Path | None, cache: Path) -> TaskStream:
+    """The benchmark's stream. What was decoded from files once is kept in ``cache``, where it is
+    plain arrays that are not too large, since every cell reads it."""
     chosen: Benchmark = benchmark(name)
-    return chosen.make_stream(data, scenario)
+    if not chosen.needs_data:
+        return chosen.make_stream(data, scenario)
+    of = hashlib.sha256(f"{data} {fingerprint()}".encode()).hexdigest()[:16]
+    path = cache / f"stream-{name}-{scenario}" / f"{of}.safetensors"
+    with held(path.parent / ".lock"):
+        if path.is_file():
+            return _stream(checkpoint.load(path, kind="stream"))
+        stream = chosen.make_stream(data, scenario)
+        state = _stream_state(stream)
+        if state is not None:
+            for other in path.parent.glob("*.safetensors"):  # of older code
+                other.unlink()
+            checkpoint.save(path, state, kind="stream")
+    return stream
+
+
+def _stream_state(stream: TaskStream) -> dict[str, Any] | None:
+    """For a file; None where transforms or sizes speak against it."""
+    parts = [part for task in stream for part in (task.train, task.test) if part is not None]
+    plain_arrays = all(p.transform is None and isinstance(p.inputs, Tensor) for p in parts)
+    if not plain_arrays or sum(nbytes(p.inputs) for p in parts) > LARGEST_KEPT:
+        return None
+    names = ("inputs", "labels", "ids", "head")
+
+    def of(part: Examples | None) -> dict[str, Any] | None:
+        return None if part is None else {name: getattr(part, name) for name in names}
+
+    tasks = [{"name": t.name, "train": of(t.train), "test": of(t.test)} for t in stream]
+    own = {"name": stream.name, "num_outputs": stream.num_outputs, "scenario": stream.scenario}
+    return {**own, "tasks": tasks}
+
+
+def _stream(state: dict[str, Any]) -> TaskStream:
+    """The inverse of ``_stream_state``."""
+    tasks = [
+        Task(
+            index,
+            task["name"],
+            Examples(**task["train"]),
+            None if task["test"] is None else Examples(**task["test"]),
+        )
+        for index, task in enumerate(state["tasks"])
+    ]
+    own = {name: state[name] for name in ("name", "num_outputs", "scenario")}
+    return TaskStream(tasks=tuple(tasks), **own)
 
 
 def reduced(stream: TaskStream, count: int) -> TaskStream:
@@ -208,13 +272,11 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
     path = context.folder / CHECKPOINT
     if path.is_file():
         learner.load(path)
-    total = len(stream) * learner.epochs
-    done = len(learner.accuracy) * learner.epochs
 
     def on_epoch(progress: Any) -> None:
-        context.report((progress.task * learner.epochs + progress.epoch) / total)
+        context.report((progress.task + progress.epoch / progress.epochs) / len(stream))
 
-    context.report(done / total)
+    context.report(len(learner.accuracy) / len(stream))
     return learner.run(
         stream,
         folder=context.folder,
@@ -228,14 +290,13 @@ def _first_task(
     learner: Learner,
     make_learner: Callable[[Prior], Learner],
     task: Task,
-    key: str,
+    path: Path,
     context: Context,
 ) -> None:
     """Put ``learner`` where the first task's last epoch has just ended, as whichever cell came
     first has trained it with no prior; the seconds of that are counted."""
     if (context.folder / CHECKPOINT).is_file():
         return  # it is further already
-    path = context.cache / f"first-task-{key}" / CHECKPOINT
     with held(path.parent / ".lock"):
         if not path.is_file():
             within = path.with_name("within.safetensors")

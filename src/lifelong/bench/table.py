@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,8 +131,10 @@ class Table:
     memories: examples of each task; ``seeds`` of them, 0, 1, ... run: (table, cell, context) ->
     plain values, among them "accuracy" in [0, 1]; a function of a module or a frozen dataclass, so
     that it can be sent to another process, and a dataclass's fields are recorded as the table's
-    set-up. Numbers that are plain floats are averaged over seeds in the record. smoke: fields of
-    the table that differ in its tiny version (``context.smoke`` tells ``run``).
+    set-up. If it has a method ``shared`` of the same arguments, that gives the path of what the
+    cell makes in the cache for others too, or None: two that would make the same are not begun
+    together. Numbers are averaged over seeds in the record. smoke: fields of the table that differ
+    in its tiny version (``context.smoke`` tells ``run``).
 
     Raises ValueError where two rows have one name (or names that make one file name), or where a
     goal is of no row.
@@ -208,6 +210,19 @@ class Table:
         if is_dataclass(self.run) and not isinstance(self.run, type):
             return plain({"run": type(self.run).__qualname__, **asdict(self.run)})
         return {"run": getattr(self.run, "__qualname__", repr(self.run))}
+
+
+def defaults(value: Any) -> dict[str, Any]:
+    """Of a dataclass and those in it: the fields that have one, in plain values. A record from
+    before such a field was there was made with its default."""
+    found: dict[str, Any] = {}
+    for f in fields(value):
+        inside = getattr(value, f.name)
+        if is_dataclass(inside) and not isinstance(inside, type):
+            found[f.name] = defaults(inside)
+        elif f.default is not MISSING:
+            found[f.name] = plain(f.default)
+    return found
 
 
 def plain(value: Any) -> Any:

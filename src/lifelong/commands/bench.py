@@ -108,15 +108,17 @@ def bench(args: list[str]) -> int:
             f"{chosen.name} reads data: give --data DIR, the folder with the data sets, or set "
             "LIFELONG_DATA; split-digits needs no files"
         )
-    out = flags.out or Path("runs", f"bench-{chosen.name}")
+    kind = "smoke" if flags.smoke else "bench"
+    out = flags.out or Path("runs", f"{kind}-{chosen.name}")
+    which = (flags.methods or None, flags.memories or None, flags.seeds)
     try:
         with progress(quiet=flags.quiet) as watch:
             summary = execute(
                 chosen,
                 out,
-                methods=flags.methods or None,
-                memories=flags.memories or None,
-                seeds=flags.seeds,
+                methods=which[0],
+                memories=which[1],
+                seeds=which[2],
                 data=None if data is None else data.absolute(),
                 jobs=flags.jobs,
                 smoke=flags.smoke,
@@ -131,7 +133,14 @@ def bench(args: list[str]) -> int:
         sys.stdout.write(json.dumps({**summary, "out": str(out)}, allow_nan=False) + "\n")
     else:
         show(chosen, summary, out)
-    failed = [f for row in summary["rows"] for f in row["failed"]]
+    asked = chosen.tiny() if flags.smoke else chosen
+    wanted = {(c.method, c.memory, c.seed) for c in asked.cells(*which)}
+    failed = [
+        f
+        for row in summary["rows"]
+        for f in row["failed"]
+        if (row["method"], row["memory"], f["seed"]) in wanted
+    ]
     if failed:
         sys.stderr.write(
             f"lifelong bench: {len(failed)} cells failed (see {out / 'log.txt'}); they are tried "

@@ -13,6 +13,8 @@ evidence_against_test                   does the training data's evidence find t
 reliability_diagram                     does a confidence of 0.8 mean right in 80 % of the cases?
 memory_curves                           how much of the past must be kept to adapt to a change?
 seen_once                               a stream of classes: what is still known, what is kept
+accuracy_against_memory                 a table's methods over the examples they keep of each task
+decision_regions                        what a classifier says all over the plane, and its memory
 
 Arrays are tensors, numpy arrays or nested lists. Figures are 4 inches wide, so that at 400 pixels
 the text is still legible, on white; ``savefig(..., transparent=True)`` leaves the ground out.
@@ -27,9 +29,10 @@ infinite, before anything is drawn; ImportError where matplotlib is missing (the
 from __future__ import annotations
 
 from .arrays import Array
-from .curves import memory_curves
+from .curves import accuracy_against_memory, memory_curves
 from .examples import memorable_examples
 from .predictions import evidence_against_test, kernel_matrix, predictive_bands, reliability_diagram
+from .regions import decision_regions
 from .scores import (
     pearson,
     ranked_sensitivity,
@@ -48,6 +51,8 @@ __all__ = [
     "RULE",
     "SOFT",
     "Array",
+    "accuracy_against_memory",
+    "decision_regions",
     "evidence_against_test",
     "kernel_matrix",
     "memorable_examples",

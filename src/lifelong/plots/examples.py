@@ -26,6 +26,7 @@ def memorable_examples(
     class_names: Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
     score_name: str = "score",
+    title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """The ``k`` examples of the highest scores and the ``k`` of the lowest, overall or per class.
@@ -63,6 +64,8 @@ def memorable_examples(
         figure, ax = image_cells(cells, scores, ranked, None if per_class else captions, k, ax)
     beside = cells is None or room(k, per_class)
     note = f"by {score_name}" + (", written beside each" if beside else "")
-    dress(ax, f"Most and least memorable of {counted(n, 'example')}", note=note)
+    if title is None:
+        title = f"Most and least memorable of {counted(n, 'example')}"
+    dress(ax, title, note=note)
     ax.set_axis_off()
     return figure

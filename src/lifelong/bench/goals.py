@@ -1,0 +1,94 @@
+"""Is a goal met? From the rows of a record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .table import Goal
+
+Row = Mapping[str, Any]
+YARDSTICKS = ("joint", "separate")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """value: what was reached, in the goal's own measure (accuracy in %, points, % of a gap);
+    None where a row that it needs has no record. met: None with it."""
+
+    value: float | None = None
+    met: bool | None = None
+
+
+def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
+    """Whether ``rows`` (of ``result.json``) meet ``goal``, by means over seeds."""
+    mine = _row(rows, goal.method, goal.memory)
+    others = [_row(rows, name, goal.memory) for name in goal.of]
+    if mine is None or any(row is None for row in others):
+        return Verdict()
+    ours, theirs = _mean(mine), [_mean(row) for row in others if row is not None]
+    if goal.kind == "accuracy":
+        return Verdict(ours, ours >= goal.bar)
+    if goal.kind == "below":
+        return Verdict(theirs[0] - ours, theirs[0] - ours <= goal.bar)
+    if goal.kind == "above":
+        return Verdict(ours - max(theirs), ours - max(theirs) >= goal.bar)
+    if goal.kind == "gap":
+        if theirs[0] == theirs[1]:
+            return Verdict()
+        closed = 100 * (ours - theirs[0]) / (theirs[1] - theirs[0])
+        return Verdict(closed, closed >= goal.bar)
+    best = max(
+        (r for r in rows if _done(r) and r["memory"] in (0, goal.memory) and not _yardstick(r)),
+        key=_mean,
+    )
+    return Verdict(ours - _mean(best), _mean(best) - ours <= max(_error(mine), _error(best)))
+
+
+def goal_text(goal: Goal) -> str:
+    """What is asked for, in words."""
+    of = ", ".join(goal.of)
+    return {
+        "accuracy": f"at least {goal.bar:g} %",
+        "below": f"at most {goal.bar:g} points below {of}",
+        "above": f"at least {goal.bar:g} points above {of}" if goal.bar else f"above {of}",
+        "gap": f"at least {goal.bar:g} % of the gap from {' to '.join(goal.of)}",
+        "first": "first, or within one standard error",
+    }[goal.kind]
+
+
+def verdict_text(goal: Goal, verdict: Verdict) -> str:
+    """What was reached, in the same words; empty where there is no record."""
+    if verdict.value is None:
+        return ""
+    value = verdict.value
+    return {
+        "accuracy": f"{value:.2f} %",
+        "below": f"{value:.2f} points below",
+        "above": f"{value:+.2f} points",
+        "gap": f"{value:.0f} %",
+        "first": "first" if value == 0 else f"{-value:.2f} points behind",
+    }[goal.kind]
+
+
+def _row(rows: Sequence[Row], method: str, memory: int) -> Row | None:
+    """The row at this memory, or else the one that keeps nothing."""
+    found = {r["memory"]: r for r in rows if r["method"] == method and _done(r)}
+    return found.get(memory, found.get(0))
+
+
+def _done(row: Row) -> bool:
+    return "accuracy" in row
+
+
+def _yardstick(row: Row) -> bool:
+    return row.get("preset", row["method"]) in YARDSTICKS
+
+
+def _mean(row: Row) -> float:
+    return 100 * row["accuracy"]["mean"]
+
+
+def _error(row: Row) -> float:
+    return 100 * (row["accuracy"]["standard_error"] or 0.0)
