@@ -20,6 +20,15 @@ _LEFT, _RIGHT, _TOP, _CURVES = 0.55, 1.45, 0.62, 2.5  # inches
 _GAP = 0.05  # inches between photos
 _NAME = 0.17  # inches above the photos of a class
 _APART = 0.19  # inches between names of lines
+# The yardstick, the line that the picture is about, and others: colour, dash, width.
+_STYLES = (
+    (INK, DASHES[2], 1.6),
+    (COLOURS[0], DASHES[0], 2.6),
+    (COLOURS[1], DASHES[1], 1.6),
+    (PLAIN, DASHES[3], 1.6),
+    (COLOURS[2], DASHES[5], 1.6),
+    (COLOURS[3], DASHES[2], 1.6),
+)
 
 
 def seen_once(
@@ -35,14 +44,14 @@ def seen_once(
 
     lines: by name, at most 6, the accuracies (S, T) in [0, 1] of S seeds after each of T tasks:
     means, with bands of a standard error where there are two seeds or more; the first line is the
-    yardstick, dotted. photos: of each task, of each of its classes, uint8 images (K, H, W, 3), all
-    of one shape; names: those of the classes. Ten inches wide.
+    yardstick, dotted, the second is drawn thick. photos: of each task, of each of its classes,
+    uint8 images (K, H, W, 3), all of one shape; names: those of the classes. Ten inches wide.
 
     Raises ValueError, too, for no line or more than 6, for numbers outside of [0, 1], and where
     tasks, classes and photos do not fit.
     """
-    if not 1 <= len(lines) <= len(COLOURS):
-        raise ValueError(f"expected 1 to {len(COLOURS)} lines, got {len(lines)}")
+    if not 1 <= len(lines) <= len(_STYLES):
+        raise ValueError(f"expected 1 to {len(_STYLES)} lines, got {len(lines)}")
     count = len(names)
     curves = {}
     for name, accuracy in lines.items():
@@ -110,14 +119,11 @@ def _shape_of(
 
 
 def _draw_lines(ax: Axes, curves: Mapping[str, Any], count: int) -> None:
-    x = np.arange(1, count + 1)
-    ends = []
+    x, ends = np.arange(1, count + 1), []
     for i, (name, (mean, error)) in enumerate(curves.items()):
-        colour = INK if i == 0 else COLOURS[i - 1] if i < len(curves) - 1 or i == 1 else PLAIN
-        dash = DASHES[2] if i == 0 else DASHES[(0, 0, 1, 3, 2, 5)[i]]
+        colour, dash, width = _STYLES[i]
         ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(x, mean, color=colour, linestyle=dash, linewidth=2.4 if i == 1 else 1.6,
-                zorder=3 - 0.1 * i, solid_capstyle="round")  # fmt: skip
+        ax.plot(x, mean, color=colour, linestyle=dash, linewidth=width, zorder=3 - 0.1 * i)
         ends.append((float(mean[-1]), name, colour, i == 1))
     ax.set(xlim=(0.5, count + 0.5), ylim=(0, 101))
     ax.set_xticks(x, [str(t) for t in x])
@@ -134,9 +140,10 @@ def _draw_lines(ax: Axes, curves: Mapping[str, Any], count: int) -> None:
     for y, (end, name, colour, ours) in zip(
         _spread([e[0] for e in ends], apart), ends, strict=True
     ):
-        ax.annotate(f"{name}  {end:.0f}", (count, end), (count + 0.62, y), textcoords="data",
-                    annotation_clip=False, va="center", fontsize=LABEL_SIZE + 0.5, color=colour,
-                    fontweight="bold" if ours else "normal", parse_math=False)  # fmt: skip
+        ax.annotate(f"{name}  {end:.0f}", (1, y), (7, 0), xycoords=ax.get_yaxis_transform(),
+                    textcoords="offset points", va="center", fontsize=LABEL_SIZE + 0.5,
+                    color=colour, fontweight="bold" if ours else "normal",
+                    annotation_clip=False, parse_math=False)  # fmt: skip
 
 
 def _spread(ends: Sequence[float], apart: float) -> list[float]:
