@@ -373,6 +373,21 @@ def side_by_side(g: Any, other: Any) -> Any:
 
 
 @few
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.sampled_from([kronecker, grouped, table]))
+def test_products_of_one_left_factor_become_one(seed: int, factor: float, build: Any) -> None:
+    """Their sum is a product, so that it costs no more over any number of tasks."""
+    g, other = build(seed), build(seed + 1)
+    alike = Kronecker(factor * g.left, other.right, g.shapes)
+    both = g + alike
+    assert both.num_products == 1
+    assert both.num_bytes == g.num_bytes
+    close(matrix(both), matrix(g) + matrix(alike))
+    three = (g + other) + alike
+    assert three.num_products == 2
+    close(matrix(three), matrix(g) + matrix(other) + matrix(alike))
+
+
+@few
 @given(st.integers(0, 10**6), st.floats(0.1, 5))
 def test_merging_multiples_of_one_product_is_exact(seed: int, factor: float) -> None:
     for g in (grouped(seed), table(seed), diagonal_right(seed), eigen(seed), eigen_table(seed)):

@@ -10,8 +10,9 @@ from ..table import Table
 
 _MODULES = (
     "mnist",
-    "frozen",
     "ablation",
+    "frozen",
+    "cifar",
 )  # fmt: skip
 
 
