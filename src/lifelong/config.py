@@ -23,6 +23,7 @@ BenchmarkName = Literal[
     "split-mnist",
     "permuted-mnist",
     "split-cifar-t",
+    "split-tiny-imagenet",
     "fromp-toy",
     "two-moons",
 ]
