@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -364,14 +365,69 @@ def test_merged_is_the_nearest_product(seed: int, products: int) -> None:
     assert float(torch.linalg.eigvalsh(matrix(merged))[0]) >= -1e-9 * float(matrix(g).norm())
 
 
+def side_by_side(g: Any, other: Any) -> Any:
+    """The sum of two, as terms of their own whatever they share."""
+    if not isinstance(g, Kronecker):
+        return g + other
+    return Kronecker(torch.cat([g.left, other.left]), torch.cat([g.right, other.right]), g.shapes)
+
+
+@few
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.sampled_from([kronecker, grouped, table]))
+def test_products_of_one_left_factor_become_one(seed: int, factor: float, build: Any) -> None:
+    """Their sum is a product, so that it costs no more over any number of tasks."""
+    g, other = build(seed), build(seed + 1)
+    alike = Kronecker(factor * g.left, other.right, g.shapes)
+    both = g + alike
+    assert both.num_products == 1
+    assert both.num_bytes == g.num_bytes
+    close(matrix(both), matrix(g) + matrix(alike))
+    three = (g + other) + alike
+    assert three.num_products == 2
+    close(matrix(three), matrix(g) + matrix(other) + matrix(alike))
+    # A negative multiple is taken out of the past: it stays visible beside it.
+    assert (g + -1 * alike).num_products == 2
+
+
 @few
 @given(st.integers(0, 10**6), st.floats(0.1, 5))
 def test_merging_multiples_of_one_product_is_exact(seed: int, factor: float) -> None:
     for g in (grouped(seed), table(seed), diagonal_right(seed), eigen(seed), eigen_table(seed)):
-        both = g + factor * g
+        both = side_by_side(g, factor * g)
         close(matrix(both.merge()), (1 + factor) * matrix(g))  # type: ignore[union-attr]
         assert g.merge() is g
-        close(matrix((-factor * g + -1 * g).merge()), -(1 + factor) * matrix(g))  # type: ignore[union-attr]
+        close(matrix(side_by_side(-factor * g, -1 * g).merge()), -(1 + factor) * matrix(g))  # type: ignore[union-attr]
+
+
+@few
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.sampled_from(["left", "right"]))
+def test_products_with_a_common_factor_add_to_one(seed: int, factor: float, common: str) -> None:
+    for build in (grouped, table, diagonal_right, no_bias):
+        g, other = build(seed), build(seed + 1)
+        other = replace(other, **{common: factor * getattr(g, common)})
+        both = g + other
+        assert both.num_products == 1
+        close(matrix(both), matrix(g) + matrix(other))
+        assert (both + build(seed + 2)).num_products == 2
+        assert (build(seed + 2) + g + other + build(seed + 2)).num_products == 2
+
+
+def test_a_product_of_zeros_adds_nothing() -> None:
+    g = grouped(0)
+    zero = Kronecker(0 * g.left, 0 * g.right, g.shapes)
+    for both in (g + zero, zero + g):
+        close(matrix(both), matrix(g))
+    assert (g + zero).num_products == 1
+
+
+def test_a_common_factor_is_common_in_every_group() -> None:
+    g, other = kronecker(0, groups=2), kronecker(1, groups=2)
+    left = torch.stack([g.left[:, 0], other.left[:, 1]], dim=1)
+    both = g + Kronecker(left, other.right, g.shapes)
+    assert both.num_products == 2
+    close(matrix(both), matrix(g) + matrix(Kronecker(left, other.right, g.shapes)))
+    each = torch.tensor([2.0, 3.0], dtype=torch.float64)[None, :, None, None]
+    assert (g + Kronecker(each * g.left, other.right, g.shapes)).num_products == 1
 
 
 def test_merged_in_any_order() -> None:

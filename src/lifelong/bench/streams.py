@@ -128,7 +128,12 @@ class StreamRun:
         """Of everything that the first task's weights come from; no memory is drawn from there."""
         of = {**asdict(replace(training, memory_batch_size=None)), "seed": seed}
         of |= {"benchmark": self.benchmark, "scenario": self.scenario, "smoke": context.smoke}
-        of |= {"validation": self.validation, "source": fingerprint(), "torch": torch.__version__}
+        of |= {
+            "data": str(context.data),
+            "validation": self.validation,
+            "source": fingerprint(),
+            "torch": torch.__version__,
+        }
         of |= {"smoke_tasks": self.smoke_tasks, "smoke_examples": self.smoke_examples}
         return hashlib.sha256(json.dumps(plain(of), sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,8 +9,10 @@ with L (O, O) from the gradients at the layer's output and R (I, I) from its inp
 (Martens & Grosse 2015), groups and positions of convolutions as in Grosse & Martens 2016. Either
 factor may be stored as its diagonal, as an embedding's table needs.
 
-T products come from T data sets. A sum of products is no product, so what needs one (an inverse,
-draws, a determinant) asks for ``merge()`` first. Adding the factors instead, L_1 + L_2 and
+T products come from T data sets. Those with one factor in common, up to a number, add to one product
+(a layer of outputs with Gaussian noise: L is the same for any data), and ``+`` makes it; another
+sum of products is no product, so what needs one (an inverse, draws, a determinant) asks for
+``merge()`` first. Adding the factors instead, L_1 + L_2 and
 R_1 + R_2, as some libraries do, counts the cross terms L_1 ⊗ R_2 and L_2 ⊗ R_1 too: a curvature
 that grows with the square of the number of data sets.
 """
@@ -45,6 +47,7 @@ from .dense import Dense
 
 _KRONECKER = "kronecker."
 _EIGEN = "eigen_kronecker."
+_ROUNDING = 8  # relative errors of eps at which two factors are thought to be multiples
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,14 +170,22 @@ class Kronecker:
         return EigenKronecker(left, right, a.unsqueeze(-1) * b.unsqueeze(-2), self.shapes)
 
     def __add__(self, other: Kronecker) -> Kronecker:
-        """All products of both. StaleAnchorError where the parameters differ, ValueError where
-        the groups do."""
+        """All products of both; two whose left or right factors are multiples of one another, to
+        rounding, become the one product that is their sum: L ⊗ R + c L ⊗ S = L ⊗ (R + c S).
+
+        StaleAnchorError where the parameters differ, ValueError where the groups do.
+        """
         if not isinstance(other, Kronecker):
             return NotImplemented
         _require_alike(self.shapes, other.shapes, self.left.shape[1], other.left.shape[1])
-        left, right = (
-            torch.cat(_alike(x, y)) for x, y in ((self.left, other.left), (self.right, other.right))
+        lefts, rights = (
+            tuple(x.unbind() for x in _alike(*pair))
+            for pair in ((self.left, other.left), (self.right, other.right))
         )
+        products = list(zip(lefts[0], rights[0], strict=True))
+        for new in zip(lefts[1], rights[1], strict=True):
+            _collect(products, new)
+        left, right = (torch.stack(parts) for parts in zip(*products, strict=True))
         return Kronecker(left, right, self.shapes)
 
     def __mul__(self, factor: float) -> Kronecker:
@@ -472,6 +483,35 @@ def _dense(shapes: Shapes, blocks: list[Tensor]) -> Dense:
 
 def _factor_eigh(factor: Tensor) -> tuple[Tensor, Tensor | None]:
     return (factor, None) if factor.ndim == 3 else eigh(factor)
+
+
+def _collect(products: list[tuple[Tensor, Tensor]], new: tuple[Tensor, Tensor]) -> None:
+    """Add a product, factors (N, ...), to the first that shares a factor with it, or to the end."""
+    for t, (left, right) in enumerate(products):
+        ratio = _ratio(new[0], left)
+        if ratio is not None:
+            products[t] = left, right + _each(ratio, new[1]) * new[1]
+            return
+        ratio = _ratio(new[1], right)
+        if ratio is not None:
+            products[t] = left + _each(ratio, new[0]) * new[0], right
+            return
+    products.append(new)
+
+
+def _ratio(x: Tensor, base: Tensor) -> Tensor | None:
+    """c (N,) with x = c base to rounding, for x and base (N, ...); None where there is none."""
+    a, b = base.flatten(1).double(), x.flatten(1).double()
+    size = a.square().sum(1)
+    c = (a * b).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
+    apart = torch.linalg.vector_norm(b - c.unsqueeze(1) * a, dim=1)
+    limit = _ROUNDING * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(b, dim=1)
+    return None if bool((apart > limit).any()) else c.to(x.dtype)
+
+
+def _each(c: Tensor, x: Tensor) -> Tensor:
+    """One number for each group, to multiply x (N, ...) with."""
+    return c.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ..table import Table
 _MODULES = (
     "mnist",
     "ablation",
+    "frozen",
 )  # fmt: skip
 
 
