@@ -336,7 +336,7 @@ def test_a_task_without_a_test_cannot_be_measured() -> None:
     data = Examples(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
     learner = Learner(nn.Linear(2, 2), PRESETS["finetune"](Categorical()))
     with pytest.raises(ValueError, match="no test examples"):
-        streams._test(learner, Task(0, "a", data))
+        learner.test(Task(0, "a", data))
 
 
 def test_cells_that_would_train_the_same_first_task_are_not_begun_together(tmp_path: Path) -> None:

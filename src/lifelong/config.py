@@ -46,7 +46,7 @@ PresetName = Literal[
 Scenario = Literal["task", "class", "domain"]
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "one-cycle", "cosine"]
-Augmentation = Literal["none", "crop-flip", "shift"]
+Augmentation = Literal["none", "crop-flip", "shift", "elastic"]
 
 
 class UsageError(ValueError):
@@ -203,7 +203,7 @@ class Overrides:
     """Of the learning rate, over each task."""
     augment: _AugmentFlag = None
     """Images changed at random in training; crop-flip: moved by up to an eighth of a side, and \
-mirrored; shift: moved by up to a fourteenth."""
+mirrored; shift: moved by up to a fourteenth; elastic: moved, turned, stretched and bent a bit."""
     min_steps: Annotated[_Int, _BENCHMARKS] = None
     """Steps that a small task gets at least, by more epochs."""
     autocast: bool = False

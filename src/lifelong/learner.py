@@ -27,7 +27,7 @@ from .curvature.follow import followed
 from .data import Examples, Head, head_mask
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
-from .metrics import AccuracyMatrix, evaluate
+from .metrics import AccuracyMatrix, Evaluation, evaluate
 from .models import Inputs, evaluating, forward, move, parameters, require_finite, rows, snapshot
 from .path import PathIntegral
 from .prior import Prior
@@ -361,7 +361,7 @@ class Learner:
                 continue
             self.learn(task, on_epoch=saved)
             tested = seen if following is None else [*seen, following]
-            self.accuracy.append([self._accuracy(i, old) for i, old in enumerate(tested)])
+            self.accuracy.append([self.test(old, i).accuracy for i, old in enumerate(tested)])
             save()
             if on_task is not None:
                 on_task(index)
@@ -595,11 +595,15 @@ class Learner:
         model.load_state_dict(self._finished[index])
         return model
 
-    def _accuracy(self, index: int, task: Task) -> float:
-        test = task.test
-        if test is None:
+    def test(self, task: Task, index: int | None = None) -> Evaluation:
+        """How good ``model_of(index)`` (by default the task's own number) is on the test examples,
+        in the precision that it was trained in. Raises ValueError where there are none, and as
+        ``lifelong.evaluate``."""
+        if task.test is None:
             raise ValueError(f"task {task.name!r} has no test examples")
-        return evaluate(self.model_of(index), test, self.prior.likelihood).accuracy
+        model = self.model_of(task.index if index is None else index)
+        with self._precision(self._device):
+            return evaluate(model, task.test, self.prior.likelihood)
 
 
 def _with_next(stream: Iterable[Task]) -> Iterator[tuple[Task, Task | None]]:

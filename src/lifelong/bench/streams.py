@@ -25,7 +25,7 @@ from ..config import Scenario, Training
 from ..data import Examples, Head
 from ..learner import CHECKPOINT, Learner
 from ..likelihoods import Categorical
-from ..metrics import AccuracyMatrix, Evaluation, evaluate
+from ..metrics import AccuracyMatrix
 from ..models import Inputs, nbytes
 from ..presets import PRESETS
 from ..prior import Prior
@@ -82,7 +82,7 @@ class StreamRun:
             return Learner(model, prior, seed=seed, **learner_options(training))
 
         learner = make_learner(prior)
-        untrained = [_test(learner, task).accuracy for task in stream]
+        untrained = [learner.test(task).accuracy for task in stream]
         if method.preset == "joint":
             learner = make_learner(PRESETS["finetune"](_labels_heads(stream)))
             matrix = _jointly(learner, stream, context)
@@ -98,9 +98,7 @@ class StreamRun:
         """The first task's weights, which the first cell that needs them makes; None for a cell
         that trains that task by itself."""
         method = table.method(cell.method)
-        prior = PRESETS[method.preset](
-            Categorical(), **arguments(method.preset, method.settings, cell.memory, 1)
-        )
+        prior = self.prior_of(method, cell.memory, 1)
         if not self.share or method.preset == "joint" or not can_share(prior):
             return None
         training = self.training_of(method, context.smoke)
@@ -122,7 +120,7 @@ class StreamRun:
     def training_of(self, method: Method, smoke: bool = False) -> Training:
         """The table's training with the method's changes."""
         training = replace(self.training, **method.training)
-        return replace(training, epochs=1) if smoke else training
+        return replace(training, epochs=1, min_steps=0) if smoke else training
 
     def _key(self, training: Training, seed: int, context: Context) -> str:
         """Of everything that the first task's weights come from; no memory is drawn from there."""
@@ -277,11 +275,16 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
     path = context.folder / CHECKPOINT
     if path.is_file():
         learner.load(path)
+    counts = [len(task) for task in stream]  # of examples, which tell the time better than tasks
+
+    def done(learned: int, part: float = 0.0) -> float:
+        passed = [n * learner.epochs_of(n) for n in counts]
+        return (sum(passed[:learned]) + part * sum(passed[learned : learned + 1])) / sum(passed)
 
     def on_epoch(progress: Any) -> None:
-        context.report((progress.task + progress.epoch / progress.epochs) / len(stream))
+        context.report(done(progress.task, progress.epoch / progress.epochs))
 
-    context.report(len(learner.accuracy) / len(stream))
+    context.report(done(len(learner.accuracy)))
     return learner.run(
         stream,
         folder=context.folder,
@@ -356,7 +359,7 @@ def _jointly(learner: Learner, stream: TaskStream, context: Context) -> Accuracy
     """Train once on all tasks: only the last row of the matrix is there."""
     _fit(learner, union(stream), context.folder / CHECKPOINT, None, context)
     learner.prior = PRESETS["finetune"](Categorical())
-    last = [_test(learner, task).accuracy for task in stream]
+    last = [learner.test(task).accuracy for task in stream]
     return AccuracyMatrix.empty(len(stream)).with_row(len(stream) - 1, last)
 
 
@@ -431,7 +434,7 @@ def measured(
         examples = sum(map(len, stream))
         size = sum(len(task) * _size(task.train) for task in stream)
     networks = sum(nbytes(state) for state in learner._finished)  # of "separate"
-    found = [_test(learner, task) for task in stream]
+    found = [learner.test(task) for task in stream]
     return {
         "accuracy": matrix.average_accuracy,
         "anytime_accuracy": matrix.anytime_accuracy,
@@ -452,13 +455,6 @@ def measured(
         "memory_bytes": size + networks,
         "strengths": list(learner.prior.strengths),
     }
-
-
-def _test(learner: Learner, task: Task) -> Evaluation:
-    """Raises ValueError where there is nothing to test on."""
-    if task.test is None:
-        raise ValueError(f"task {task.name!r} has no test examples")
-    return evaluate(learner.model_of(task.index), task.test, Categorical())
 
 
 def _size(data: Examples) -> int:

@@ -9,9 +9,9 @@ with L (O, O) from the gradients at the layer's output and R (I, I) from its inp
 (Martens & Grosse 2015), groups and positions of convolutions as in Grosse & Martens 2016. Either
 factor may be stored as its diagonal, as an embedding's table needs.
 
-T products come from T data sets. Those with one factor in common, up to a number, add to one product
-(a layer of outputs with Gaussian noise: L is the same for any data), and ``+`` makes it; another
-sum of products is no product, so what needs one (an inverse, draws, a determinant) asks for
+T products come from T data sets. Those with one factor in common, up to a number, add to one
+product (a layer of outputs with Gaussian noise: L is the same for any data), and ``+`` makes it;
+another sum of products is no product, so what needs one (an inverse, draws, a determinant) asks for
 ``merge()`` first. Adding the factors instead, L_1 + L_2 and
 R_1 + R_2, as some libraries do, counts the cross terms L_1 ⊗ R_2 and L_2 ⊗ R_1 too: a curvature
 that grows with the square of the number of data sets.

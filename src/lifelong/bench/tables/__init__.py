@@ -12,6 +12,7 @@ _MODULES = (
     "mnist",
     "ablation",
     "frozen",
+    "cifar",
 )  # fmt: skip
 
 
