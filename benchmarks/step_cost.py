@@ -47,6 +47,10 @@ TOTAL = ("experience_replay", "der", "derpp")  # one memory for all tasks, unles
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gradient_reconstruction, stored": ("gradient_reconstruction", {"gradient": "stored"}),
     "gradient_reconstruction, kronecker": ("gradient_reconstruction", {"structure": "kronecker"}),
+    "gradient_reconstruction, curvature of 1,000": (
+        "gradient_reconstruction",
+        {"curvature_examples": 1000},
+    ),
     "online_laplace, kronecker": ("online_laplace", {"structure": "kronecker"}),
     "fromp, identity": ("fromp", {"kernel": "identity"}),
 }
