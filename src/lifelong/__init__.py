@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
-    from .metrics import AccuracyMatrix, evaluate
+    from .metrics import AccuracyMatrix, evaluate, prequential
     from .models import evaluating, widen
+    from .online import LaplaceFilter
     from .path import PathIntegral
     from .posterior import Posterior
     from .presets import (
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         lwf,
         online_ewc,
         online_laplace,
+        recommended,
         separate,
         si,
         weight_decay,
@@ -109,6 +111,7 @@ __all__ = [
     "KernelPrior",
     "KernelTerm",
     "Kronecker",
+    "LaplaceFilter",
     "Learner",
     "Logit",
     "LowRank",
@@ -167,6 +170,7 @@ __all__ = [
     "online_laplace",
     "open_store",
     "permuted",
+    "prequential",
     "pseudo_data",
     "rehearse",
     "rotated",
@@ -241,11 +245,13 @@ _MODULES = {
     "metrics": (
         "AccuracyMatrix",
         "evaluate",
+        "prequential",
     ),
     "models": (
         "evaluating",
         "widen",
     ),
+    "online": ("LaplaceFilter",),
     "path": ("PathIntegral",),
     "posterior": ("Posterior",),
     "presets": (
@@ -262,6 +268,7 @@ _MODULES = {
         "lwf",
         "online_ewc",
         "online_laplace",
+        "recommended",
         "separate",
         "si",
         "weight_decay",

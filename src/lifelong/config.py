@@ -36,6 +36,7 @@ PresetName = Literal[
     "kprior",
     "fromp",
     "gradient_reconstruction",
+    "recommended",
     "lwf",
     "experience_replay",
     "der",

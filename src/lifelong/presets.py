@@ -309,6 +309,49 @@ def gradient_reconstruction(
     return _prior(likelihood, recipe, precision)
 
 
+def recommended(
+    likelihood: Likelihood,
+    *,
+    memory: Given | None = 200,
+    structure: Fitted = "diagonal",
+    precision: float = 0.0,
+) -> Prior:
+    r"""What to take where nothing is known yet: ``gradient_reconstruction`` with nothing to tune.
+
+        c ½ <d, G d> + sum_memory (N_new / M) (½ KL(p* ‖ p) + ½ l(y, f))
+
+    Chosen by the tables of ``lifelong bench`` (docs/which-prior.md has them, and what was tried
+    in vain). Its parts, and why each is as it is:
+
+    - items drawn at random, as many of each class: scores that favour hard examples lose as soon as
+      an item has to stand for N / M of them;
+    - each keeps half of its soft label p*, which says what the model believed, and half of its true
+      one, from which an example that is not yet fitted goes on being learned. The slope of the
+      true labels at the anchor is therefore left in (gradient="anchored");
+    - G, of the examples that are not kept, sees to what a small memory does not: its strength c is
+      found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
+      examples of a task, so that a convolutional network's update costs seconds, not minutes;
+    - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): then a
+      large task leaves a small one room to be learned.
+
+    memory: examples of each task, or bytes, or a fidelity (``budget``). structure: "kronecker" is
+    better where tasks share nothing (permuted pixels) and dearer (docs/curvature.md). Not exact in
+    the conjugate cases, which the defaults of ``gradient_reconstruction`` are.
+    """
+    prior = gradient_reconstruction(
+        likelihood,
+        memory=memory,
+        blend=0.5,
+        gradient="anchored",
+        structure=structure,
+        estimator="mc",
+        curvature_examples=10_000,
+        equal_tasks=True,
+        precision=precision,
+    )
+    return replace(prior, recipe=replace(prior.recipe, name="recommended"))
+
+
 def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2.0) -> Prior:
     r"""Learning without forgetting (Li & Hoiem 2016): T² KL_T(p* ‖ p) on the *current* inputs.
 
@@ -447,6 +490,7 @@ PRESETS: Mapping[str, Callable[..., Prior]] = MappingProxyType(
             kprior,
             fromp,
             gradient_reconstruction,
+            recommended,
             lwf,
             experience_replay,
             der,

@@ -208,6 +208,14 @@ class Prior:
                 return torch.zeros((), dtype=first.dtype, device=first.device)
             return sum(values[1:], start=values[0])
 
+    def near(self, model: nn.Module) -> Prior:
+        """The prior for a few steps of training from the model's weights, where G is more than a
+        diagonal: see ``WeightTerm.near``. Value and gradient here are those of the prior."""
+        with _full_precision(next(model.parameters()).device), torch.no_grad():
+            terms = tuple(t.near(model) if isinstance(t, WeightTerm) else t for t in self.terms)
+        same = all(new is old for new, old in zip(terms, self.terms, strict=True))
+        return self if same else replace(self, terms=terms)
+
     @cached_property
     def _weight_space_terms(self) -> list[Callable[[nn.Module], Tensor]]:
         return complete(self.terms)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import compact, select
 from .budget import Bytes
-from .curvature import Curvature, estimate
+from .curvature import BlockDiagonal, Curvature, estimate
 from .data import BATCH_SIZE, Data, Examples, Head, num_examples
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
@@ -265,7 +265,10 @@ def curvature(
     if evicted is not None and leaves_out:
         moved = evicted_curvature(evicted, recipe, over, beliefs, strengths)
         new = new if moved is None else new + moved
-    return Weighed(new if old is None else old + new, number(recipe.strength))
+    total = new if old is None else old + new
+    if recipe.merge and isinstance(total, BlockDiagonal):
+        total = total.merge()
+    return Weighed(total, number(recipe.strength))
 
 
 def _find_strength(

@@ -60,8 +60,10 @@ class Recipe:
     Weight term
         structure: of G: "diagonal", "dense", "isotropic", "kronecker" (K-FAC), "eigen_kronecker",
             "low_rank" (``rank`` directions a task), "block" (dense by module), "path" (SI's path
-            integral) or None for no G. Sums over tasks are exact: Kronecker products and
-            directions are kept beside each other.
+            integral) or None for no G. Sums over tasks are exact, directions are kept beside each
+            other, but for ``merge``.
+        merge: after each task Kronecker products become one of the same trace, so that bytes and
+            seconds do not grow with the tasks. False keeps one for each task (the exact sum).
         estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
         strength: multiplies the curvature of each new task (EWC's lambda). "auto" chooses it for
             each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not
@@ -113,6 +115,7 @@ class Recipe:
     structure: Structure | None = None
     rank: int = 20
     estimator: Estimator = "exact"
+    merge: bool = True
     strength: float | Auto = 1.0
     discount: float = 1.0
     exclude_memory: bool = True

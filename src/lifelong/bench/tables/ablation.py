@@ -20,7 +20,7 @@ from ...streams import TaskStream
 from ..streams import StreamRun, held_out, reduced
 from ..table import Context, Method, Table
 
-BASE = "gradient_reconstruction"
+BASE = "recommended"
 
 # name -> fields of the recipe
 PARTS: Mapping[str, Mapping[str, Any]] = {
