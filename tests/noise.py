@@ -16,7 +16,18 @@ def write(folder: Path) -> Path:
         images(folder / f"cifar10_jpegq75-{split}.parquet", (32, 32, 3), classes=10, count=80)
     for split in ("train-part0", "val"):
         images(folder / f"tiny_imagenet-{split}.parquet", (64, 64, 3), classes=50, count=400)
+    rows(folder / "stream_elec.parquet", columns=8, count=120)
     return folder
+
+
+def rows(path: Path, *, columns: int, count: int) -> None:
+    """Numbers in columns, and labels 0 and 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    generator = np.random.default_rng(count)
+    table = {f"x{i}": generator.random(count, np.float32) for i in range(columns)}
+    pq.write_table(pa.table({**table, "label": generator.integers(0, 2, count)}), path)
 
 
 def images(path: Path, shape: tuple[int, ...], *, classes: int, count: int) -> None:

@@ -19,6 +19,7 @@ from lifelong.metrics import (
     calibration_error,
     evaluate,
     mean_and_standard_error,
+    prequential,
 )
 
 R = AccuracyMatrix(torch.tensor([[0.9, 0.2, 0.1], [0.6, 0.8, 0.3], [0.5, 0.85, 0.7]]))
@@ -292,3 +293,73 @@ def test_mean_and_standard_error() -> None:
     assert math.isnan(error)
     with pytest.raises(ValueError, match="at least one"):
         mean_and_standard_error([])
+
+
+class Majority:
+    """The share of label 1 so far, and a record of what it was asked."""
+
+    def __init__(self) -> None:
+        self.labels: list[int] = []
+        self.calls: list[tuple[str, list[float]]] = []
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls.append(("predict", inputs.flatten().tolist()))
+        share = sum(self.labels) / len(self.labels) if self.labels else 0.25
+        return torch.full((len(inputs), 1), share)
+
+    def learn(self, inputs: torch.Tensor, labels: torch.Tensor) -> Majority:
+        self.calls.append(("learn", inputs.flatten().tolist()))
+        self.labels += labels.tolist()
+        return self
+
+
+class TestPrequential:
+    def test_by_hand(self) -> None:
+        x, y = torch.arange(5.0).unsqueeze(1), torch.tensor([0, 1, 1, 1, 0])
+        counts: list[int] = []
+        said, learner = prequential(Majority(), x, y, on_row=counts.append)
+        # 0.25, 0, 1/2, 2/3, 3/4; a tie is class 0
+        assert said.right.tolist() == [True, False, False, True, False]
+        nll = [-math.log(0.75), -math.log(1e-12), math.log(2), math.log(1.5), math.log(4)]
+        torch.testing.assert_close(said.nll, torch.tensor(nll).double(), atol=1e-6, rtol=1e-6)
+        assert learner.labels == y.tolist()
+        assert counts == [1, 2, 3, 4, 5]
+        assert said.accuracy() == pytest.approx(0.4)
+        assert said.accuracy(3) == pytest.approx(0.5)
+        assert said.accuracy(0, 1) == 1
+        assert math.isnan(said.accuracy(5))
+        assert said.curve(2).tolist() == [0.5, 0.5]
+
+    @given(st.integers(1, 12), st.integers(1, 5))
+    def test_no_label_is_seen_early_and_each_row_once(self, n: int, block: int) -> None:
+        x, y = torch.arange(float(n)).unsqueeze(1), torch.arange(n) % 2
+        _, learner = prequential(Majority(), x, y, block=block)
+        blocks = [part.flatten().tolist() for part in x.split(block)]
+        assert learner.calls == [(verb, b) for b in blocks for verb in ("predict", "learn")]
+
+    def test_classes(self) -> None:
+        class Sure(Majority):
+            def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+                return torch.tensor([[0.1, 0.2, 0.7]]).expand(len(inputs), 3)
+
+        y = torch.tensor([2, 0, 2])
+        said, _ = prequential(Sure(), torch.zeros(3, 1), y, block=2)
+        assert said.right.tolist() == [True, False, True]
+        torch.testing.assert_close(said.nll.exp(), 1 / torch.tensor([0.7, 0.1, 0.7]).double())
+
+    def test_errors(self) -> None:
+        class Wrong(Majority):
+            def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+                return torch.full((len(inputs), 1), 1.5)
+
+        x, y = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
+        with pytest.raises(ValueError, match="as many labels as rows"):
+            prequential(Majority(), x, y[:2])
+        with pytest.raises(ValueError, match="block of at least 1"):
+            prequential(Majority(), x, y, block=0)
+        with pytest.raises(ValueError, match="expected probabilities"):
+            prequential(Wrong(), x, y)
+        said, _ = prequential(Majority(), x, y)
+        for window in (0, 4):
+            with pytest.raises(ValueError, match="a window from 1 to 3"):
+                said.curve(window)

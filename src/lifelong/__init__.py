@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from .learner import Learner
     from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
     from .memory import Memory, memorise
-    from .metrics import AccuracyMatrix, evaluate
+    from .metrics import AccuracyMatrix, evaluate, prequential
     from .models import evaluating, widen
+    from .online import LaplaceFilter
     from .path import PathIntegral
     from .posterior import Posterior
     from .presets import (
@@ -109,6 +110,7 @@ __all__ = [
     "KernelPrior",
     "KernelTerm",
     "Kronecker",
+    "LaplaceFilter",
     "Learner",
     "Logit",
     "LowRank",
@@ -167,6 +169,7 @@ __all__ = [
     "online_laplace",
     "open_store",
     "permuted",
+    "prequential",
     "pseudo_data",
     "rehearse",
     "rotated",
@@ -241,11 +244,13 @@ _MODULES = {
     "metrics": (
         "AccuracyMatrix",
         "evaluate",
+        "prequential",
     ),
     "models": (
         "evaluating",
         "widen",
     ),
+    "online": ("LaplaceFilter",),
     "path": ("PathIntegral",),
     "posterior": ("Posterior",),
     "presets": (

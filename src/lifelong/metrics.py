@@ -8,15 +8,16 @@ quantities in the literature, so neither bears that name here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .data import BATCH_SIZE, Data, batches, head_mask, head_of
 from .likelihoods import Bernoulli, Categorical, Likelihood
-from .models import evaluating, forward, move, require_finite
+from .models import Inputs, evaluating, forward, move, require_finite, rows, take
 
 NUM_BINS = 15
 
@@ -242,6 +243,90 @@ def evaluate(
         )
     rmse = math.sqrt(squared / num_predictions)
     return Evaluation(math.nan, nll / n, math.nan, math.nan, rmse, n)
+
+
+class RowLearner(Protocol):
+    """What learns a stream row by row; ``LaplaceFilter`` is one."""
+
+    def predict(self, inputs: Any) -> Tensor:
+        """(B, C) probabilities of C classes, or (B, 1) of class 1, before the labels are known."""
+        ...
+
+    def learn(self, inputs: Any, labels: Tensor) -> Self:
+        """The learner after these rows; it may be the same object."""
+        ...
+
+
+L = TypeVar("L", bound=RowLearner)
+
+
+@dataclass(frozen=True, eq=False)
+class Prequential:
+    """What was said of each row before it was learned (Dawid 1984), in the order of the stream.
+
+    right: (N,) bool; nll: (N,) nats.
+    """
+
+    right: Tensor
+    nll: Tensor
+
+    def accuracy(self, start: int = 0, stop: int | None = None) -> float:
+        """The fraction of rows start to stop - 1 that were foretold; NaN where there is none."""
+        return float(self.right[start:stop].double().mean())
+
+    def curve(self, window: int) -> Tensor:
+        """(N // window,) the accuracy of each ``window`` rows, one after another.
+
+        Raises ValueError where the window is not between 1 and N.
+        """
+        if not 1 <= window <= len(self.right):
+            raise ValueError(f"expected a window from 1 to {len(self.right)} rows, got {window}")
+        count = len(self.right) // window
+        return self.right[: count * window].double().view(count, window).mean(1)
+
+
+def prequential(
+    learner: L,
+    inputs: Inputs,
+    labels: Tensor,
+    *,
+    block: int = 1,
+    on_row: Callable[[int], None] | None = None,
+) -> tuple[Prequential, L]:
+    """Predict, then learn, each row once; and the learner after the last one.
+
+    labels: (N,) int64. block: rows that are predicted before the first of their labels is known:
+    1 where each label comes before the next row, 48 where those of a day come at midnight. on_row:
+    called with the number of rows so far, after each block.
+
+    Raises ValueError where rows and labels differ in number, block is below 1 or a prediction is
+    no probability.
+    """
+    if len(labels) != rows(inputs) or len(labels) == 0 or block < 1:
+        raise ValueError(
+            "expected as many labels as rows, at least one, and block of at least 1, got "
+            f"{len(labels)} labels of {rows(inputs)} rows and block={block}"
+        )
+    right, nll = [], []
+    for start in range(0, len(labels), block):
+        part, y = take(inputs, slice(start, start + block)), labels[start : start + block]
+        p = learner.predict(part).detach().cpu().double()
+        if p.ndim != 2 or len(p) != len(y) or not bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError(
+                f"expected probabilities of shape ({len(y)}, C) from predict, got values "
+                f"from {float(p.min()):g} to {float(p.max()):g} of shape {tuple(p.shape)}"
+            )
+        if p.shape[1] == 1:
+            p = torch.cat([1 - p, p], dim=1)
+        right.append(p.argmax(1) == y.cpu())
+        nll.append(-p.gather(1, y.cpu().unsqueeze(1)).squeeze(1).clamp(min=_SMALLEST).log())
+        learner = learner.learn(part, y)
+        if on_row is not None:
+            on_row(start + len(y))
+    return Prequential(torch.cat(right), torch.cat(nll)), learner
+
+
+_SMALLEST = 1e-12  # of a probability: one who was sure, and wrong, has lost 27.6 nats
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from ..table import Table
 
 _MODULES = (
     "mnist",
+    "elec2",
     "ablation",
     "frozen",
     "cifar",
