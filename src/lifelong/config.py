@@ -37,6 +37,7 @@ PresetName = Literal[
     "kprior",
     "fromp",
     "gradient_reconstruction",
+    "recommended",
     "lwf",
     "experience_replay",
     "der",

@@ -70,9 +70,9 @@ class Learner:
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
     renew: steps after which a curvature that is more than a diagonal is multiplied with the weights
-    again (``Prior.near``); 1 does so in every step.
-    augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
-    task that makes fewer in ``epochs`` passes gets more of them.
+    again (``Prior.near``); 1 does so in every step. augment: changes inputs in training, new and
+    remembered (``lifelong.augment``). min_steps: a task that makes fewer in ``epochs`` passes gets
+    more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
     """
 

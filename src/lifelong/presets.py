@@ -309,6 +309,46 @@ def gradient_reconstruction(
     return _prior(likelihood, recipe, precision)
 
 
+def recommended(
+    likelihood: Likelihood,
+    *,
+    memory: Given | None = 200,
+    structure: Fitted = "diagonal",
+    precision: float = 0.0,
+) -> Prior:
+    r"""What to take where nothing is known yet: ``gradient_reconstruction`` with nothing to tune.
+
+        c ½ <d, G d> + N_new / M sum_memory KL(p* ‖ p)   for each past task, at the newest weights.
+
+    Chosen by the tables of ``lifelong bench`` on held-out training data (docs/which-prior.md). Its
+    parts, and why each is as it is:
+
+    - items drawn at random, as many of each class: scores that favour hard examples lose as soon as
+      an item has to stand for many;
+    - soft labels, asked for again after each task: true labels, or half of each, were no better on
+      classes that keep coming and worse where all tasks share their outputs;
+    - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
+      found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
+      examples, so that a convolutional network's update costs seconds, not minutes;
+    - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): a large
+      task then leaves a small one room to be learned. Where all are of one size this is
+      ``gradient_reconstruction`` as it is by default, but for the estimate of G.
+
+    memory: examples of each task, or bytes, or a fidelity (``budget``). structure: "kronecker" is
+    dearer, and better where tasks share little (docs/curvature.md).
+    """
+    prior = gradient_reconstruction(
+        likelihood,
+        memory=memory,
+        structure=structure,
+        estimator="mc",
+        curvature_examples=10_000,
+        equal_tasks=True,
+        precision=precision,
+    )
+    return replace(prior, recipe=replace(prior.recipe, name="recommended"))
+
+
 def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2.0) -> Prior:
     r"""Learning without forgetting (Li & Hoiem 2016): T² KL_T(p* ‖ p) on the *current* inputs.
 
@@ -447,6 +487,7 @@ PRESETS: Mapping[str, Callable[..., Prior]] = MappingProxyType(
             kprior,
             fromp,
             gradient_reconstruction,
+            recommended,
             lwf,
             experience_replay,
             der,

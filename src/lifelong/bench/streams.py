@@ -102,7 +102,7 @@ class StreamRun:
         """The first task's weights, which the first cell that needs them makes; None for a cell
         that trains that task by itself."""
         method = table.method(cell.method)
-        prior = self.prior_of(method, cell.memory, 1)
+        prior = self.prior_of(method, cell.memory, num_tasks=1)
         if not self.share or method.preset == "joint" or not can_share(prior):
             return None
         training = self.training_of(method, context.smoke)
@@ -128,15 +128,15 @@ class StreamRun:
 
     def _key(self, training: Training, seed: int, context: Context) -> str:
         """Of everything that the first task's weights come from; no memory is drawn from there."""
-        of = {**asdict(replace(training, memory_batch_size=None)), "seed": seed}
-        of |= {"benchmark": self.benchmark, "scenario": self.scenario, "smoke": context.smoke}
-        of |= {
-            "data": str(context.data),
-            "validation": self.validation,
-            "source": fingerprint(),
-            "torch": torch.__version__,
+        own = {
+            k: v for k, v in asdict(self).items() if k not in ("training", "first_seed", "share")
         }
-        of |= {"smoke_tasks": self.smoke_tasks, "smoke_examples": self.smoke_examples}
+        of = {
+            **{"run": type(self).__qualname__, **own, "seed": seed},
+            **asdict(replace(training, memory_batch_size=None)),
+            **{"data": str(context.data), "smoke": context.smoke},
+            **{"source": fingerprint(), "torch": torch.__version__},
+        }
         return hashlib.sha256(json.dumps(plain(of), sort_keys=True).encode()).hexdigest()[:16]
 
 
