@@ -48,6 +48,11 @@ _SFSVI = "S-FSVI's released logs"
 _TUTORIAL = "van de Ven's tutorial, read off a figure"
 
 
+_KRONECKER = Method(
+    "gradient_reconstruction, kronecker", "gradient_reconstruction", {"structure": "kronecker"}
+)
+
+
 def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
     """The presets, at their defaults but for what ``tuned`` says."""
     whole = {"memory_batch_size": None}  # K is of all of a task's items together
@@ -65,6 +70,7 @@ def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
         Method("experience_replay", "experience_replay"),
         Method("derpp", "derpp"),
         Method("gradient_reconstruction", "gradient_reconstruction"),
+        _KRONECKER,
         Method("recommended", "recommended"),
     )
 
@@ -159,9 +165,51 @@ PERMUTED_MNIST = Table(
     smoke={"memories": (10,)},
 )
 
+# Stress -------------------------------------------------------------------------------------------
+
+
+def _stressed() -> tuple[Method, ...]:
+    return (
+        Method("finetune", "finetune"),
+        Method("joint", "joint"),
+        Method("online_ewc", "online_ewc", {"strength": "auto"}),
+        Method("experience_replay", "experience_replay"),
+        Method("gradient_reconstruction", "gradient_reconstruction"),
+        _KRONECKER,
+    )
+
+
+_STRESS = Training(epochs=1, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle")
+
+STRESS_PERMUTED = Table(
+    name="stress-permuted",
+    title="Permuted MNIST, fifty tasks, one pass over each",
+    methods=_stressed(),
+    memories=(200,),
+    run=run_stream("permuted-mnist-50", "domain", _STRESS),
+    seeds=1,
+    needs_data=True,
+    note="Does the accuracy collapse, does a step get dearer (`step_seconds` in the cells)?",
+    smoke={"memories": (10,)},
+)
+
+STRESS_MEMORY = Table(
+    name="stress-memory",
+    title="Permuted MNIST, ten tasks, large memories, one pass over each task",
+    methods=_stressed(),
+    memories=(1000, 10_000),
+    run=run_stream("permuted-mnist", "domain", _STRESS),
+    seeds=1,
+    needs_data=True,
+    note="Published gradient-reconstruction runs collapse at memories of this size.",
+    smoke={"memories": (10,)},
+)
+
 TABLES: tuple[Table, ...] = (
     SPLIT_DIGITS,
     SPLIT_MNIST,
     SPLIT_MNIST_CLASS,
     PERMUTED_MNIST,
+    STRESS_PERMUTED,
+    STRESS_MEMORY,
 )
