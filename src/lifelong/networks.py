@@ -104,7 +104,7 @@ def small_vgg(outputs: int, *, dropout: float = 0.0) -> nn.Sequential:
 
 
 def strided_vgg(outputs: int) -> nn.Sequential:
-    """``small_vgg`` at a quarter of its cost: the same widths at half the resolution.
+    """``small_vgg`` at a third of its cost: one convolution of each width, at half the resolution.
 
     3 x 3 convolutions of 32 (stride 2), 64, M, 128, M, 256, M channels, then 4096-512 and the
     outputs. The first layer's map of 64 x 64 x 64 took most of the time there.

@@ -15,12 +15,13 @@ from ..table import Goal, Method, Table
 
 _TRAINING = benchmark("split-tiny-imagenet").training
 # The exact curvature takes twenty backward passes for each image; drawn labels are unbiased for it,
-# and so is half of a task's images for all.
-_SAMPLED: dict[str, Any] = {"estimator": "mc", "curvature_examples": 2000}
+# and so is a quarter of a task's images for all.
+_SAMPLED: dict[str, Any] = {"estimator": "mc", "curvature_examples": 1000}
 # The published strength is of all past tasks at once and was chosen for each new one: 330, 85, 45,
 # 30, 20, 15, 15, 10, 10. Here it is one number for all of them, the middle of those.
 _EWC: dict[str, Any] = {"strength": 20.0, **_SAMPLED}
 _MEDIAN = "the median of the nine published strengths, one for each task"
+_OURS = "recommended, G of 1000 images"
 
 
 def _reconstruction(name: str, *, weight: bool, replay: float) -> Method:
@@ -49,15 +50,20 @@ SPLIT_TINY_IMAGENET = Table(
         _reconstruction("EWC+FR+R", weight=True, replay=0.5),
         Method("experience_replay", "experience_replay", {"total": False}),
         Method("derpp", "derpp", {"total": False}),
-        Method("gradient_reconstruction", "gradient_reconstruction", _SAMPLED),
-        Method("recommended", "recommended"),
+        Method(
+            _OURS,
+            "gradient_reconstruction",
+            _SAMPLED,
+            note="tasks are of one size, so it is recommended() but for how many images G reads",
+        ),
+        Method("recommended", "recommended", note="G of all 4000 images: twice the time"),
     ),
     memories=(100, 50, 200, 500),  # the goal's first
     run=run_stream("split-tiny-imagenet", "task", _TRAINING, smoke_tasks=2, smoke_examples=8),
     seeds=3,
     goals=(
         Goal(
-            "recommended",
+            _OURS,
             100,
             50.0,
             "gap",
