@@ -7,6 +7,7 @@ kprior-SET                          the four adaptations of each set, as svg in 
 fromp-toy                           decision boundaries after each of five tasks
 memorable-SET                       most and least memorable examples, which are read from --data
 memory-TABLE                        accuracy against memory, of each table with several memories
+animals                             accuracy over the tasks above the photos kept, from --data
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pyarrow import parquet
 
+from lifelong.embeddings import thumbnail
 from lifelong.plots import (
     accuracy_against_memory,
     decision_regions,
     evidence_against_test,
     memorable_examples,
     memory_curves,
+    seen_once,
     sensitivity_scatter,
 )
 from lifelong.readers import find, load
@@ -107,6 +111,7 @@ def adaptations(name: str, record: Path) -> Figure:
 def boundaries(record: Path) -> Figure:
     """FROMP above fine-tuning: what each says of the plane after each of the five tasks."""
     config = json.loads((record / "config.json").read_text())
+    result = json.loads((record / "result.json").read_text())
     with np.load(record / "regions.npz") as arrays:
         found = dict(arrays)
     stream = fromp_toy(num_per_class=config["num_per_class"], seed=config["seed"])
@@ -118,6 +123,7 @@ def boundaries(record: Path) -> Figure:
             seen = [task.train.batch(slice(None)) for task in stream[: t + 1]]
             few = slice(None, None, 16)  # of both classes, which come one after the other
             old = found["memorable"][found["task"] <= t]
+            accuracy = np.mean(result[method]["matrix"][t][: t + 1])
             decision_regions(
                 found["x"],
                 found["y"],
@@ -125,7 +131,8 @@ def boundaries(record: Path) -> Figure:
                 points=torch.cat([batch.inputs[few] for batch in seen]),  # type: ignore[index]
                 labels=torch.cat([batch.labels[few] for batch in seen]),
                 marked=old if method == "fromp" else None,
-                title=f"{name}, task {t + 1}" if t == 0 else f"task {t + 1}",
+                title=f"{name}: task {t + 1}" if t == 0 else f"task {t + 1}",
+                note=f"{100 * accuracy:.0f} % right so far",
                 ax=ax,
             )
             ax.set(xticks=[], yticks=[])
@@ -174,9 +181,47 @@ def memories(record: Path) -> Figure | None:
     return accuracy_against_memory(result, methods=methods) if methods else None
 
 
+# In the picture that shows them: the yardstick, ours, others.
+LINES = {
+    "joint": "all photos again",
+    "gradient_reconstruction": "lifelong",
+    "experience_replay": "replay",
+    "finetune": "nothing kept",
+}
+
+
+def animals(record: Path, data: Path, memory: int = 6, seed: int = 0) -> Figure:
+    """The table of animals seen once, above the photos that one seed keeps."""
+    lines: dict[str, list[list[float]]] = {name: [] for name in LINES.values()}
+    kept: dict[str, Any] = {}
+    for path in sorted((record / "cells").glob("*.json")):
+        cell = json.loads(path.read_text())
+        if cell["method"] in LINES and cell["memory"] in (0, memory) and cell["result"]:
+            rows = cell["result"]["matrix"]
+            means = [sum(row[: t + 1]) / (t + 1) for t, row in enumerate(rows)]
+            lines[LINES[cell["method"]]].append(means)
+            if (cell["method"], cell["seed"]) == ("gradient_reconstruction", seed):
+                kept = cell["result"]
+    table = parquet.read_table(data / "caltech101_animals30.parquet")
+    of_classes = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]["label"]
+    labels, images = table["label"].to_pylist(), table["image"]
+    of: dict[int, list[Any]] = {}
+    for row in sorted(kept["memory_origins"]):
+        photo = np.asarray(thumbnail(images[row]["bytes"].as_py(), 120))
+        of.setdefault(labels[row], []).append(photo)
+    tasks = [range(3 * group, 3 * group + 3) for group in kept["order"]]
+    return seen_once(
+        lines,
+        [[np.stack(of[c]) for c in task] for task in tasks],
+        [[of_classes["names"][c].replace("_", " ").lower() for c in task] for task in tasks],
+        title="39 animals, three at a time, each photo seen once",
+        note="a linear head on frozen features; lifelong: gradient reconstruction",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with MNIST and CIFAR-10")
+    parser.add_argument("--data", type=Path, help="folder with MNIST, CIFAR-10 and the animals")
     options = parser.parse_args(argv)
     results = HERE / "results"
     record = max(results.glob("*_adaptation"))
@@ -192,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.data is not None:
         for name, figure in memorable(max(results.glob("*_memorable")), options.data).items():
             write(figure, IMAGES / f"memorable-{name}.png")
+        figure = animals(max(results.glob("*_animals")), options.data)
+        write(figure, IMAGES / "animals.png", photos=True)
     newest_of: dict[str, Path] = {}
     for path in sorted(results.glob("*/result.json")):
         newest_of[path.parent.name.partition("_")[2]] = path.parent

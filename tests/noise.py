@@ -12,6 +12,10 @@ def write(folder: Path) -> Path:
     """All data sets that the tables read; the folder."""
     for split, count in (("train", 600), ("test", 300)):
         images(folder / f"mnist-{split}.parquet", (28, 28), classes=10, count=count)
+    for split in ("train", "test"):
+        images(folder / f"cifar10_jpegq75-{split}.parquet", (32, 32, 3), classes=10, count=80)
+    for split in ("train-part0", "val"):
+        images(folder / f"tiny_imagenet-{split}.parquet", (64, 64, 3), classes=50, count=400)
     rows(folder / "stream_elec.parquet", columns=8, count=120)
     return folder
 

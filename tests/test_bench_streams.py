@@ -48,6 +48,11 @@ def cell(
     memory = table.method(method).memories_of(table)[0]
     found = table.run(table, Cell("t", method, memory, seed), Context(folder, place, **how))
     assert found.pop("seconds") > 0
+    if method != "joint":  # in one go
+        steps = found.pop("step_seconds")
+        assert len(steps) == len(found["matrix"])
+        assert all(s > 0 for s in steps[1:])
+        assert steps[0] is None or steps[0] > 0
     return record.without_nan(found)
 
 
@@ -336,7 +341,7 @@ def test_a_task_without_a_test_cannot_be_measured() -> None:
     data = Examples(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
     learner = Learner(nn.Linear(2, 2), PRESETS["finetune"](Categorical()))
     with pytest.raises(ValueError, match="no test examples"):
-        streams._test(learner, Task(0, "a", data))
+        learner.test(Task(0, "a", data))
 
 
 def test_cells_that_would_train_the_same_first_task_are_not_begun_together(tmp_path: Path) -> None:

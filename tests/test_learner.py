@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,7 @@ CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
     "scheduler": (lifelong.derpp(Categorical(), memory=6), (), {"scheduler": cosine, "clip": 1.0}),
     "autocast": (lifelong.kprior(Categorical(), memory=4), (), {"autocast": torch.bfloat16}),
     "augment": (lifelong.kprior(Categorical(), memory=4), (), {"augment": jitter, "min_steps": 7}),
+    "kronecker": (lifelong.online_laplace(Categorical(), structure="kronecker"), (), {"renew": 2}),
     "separate": (lifelong.separate(Categorical()), (), {}),
     "joint": (lifelong.joint(Categorical()), (nn.BatchNorm1d(16),), {}),
 }
@@ -119,6 +121,26 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, case, task, epoch):
     assert resumed.accuracy == whole.accuracy
     assert same(weights(resumed.model), weights(whole.model))
     assert resumed.prior.num_tasks == 3
+
+
+@pytest.mark.parametrize("renew", [1, 2])
+def test_a_curvature_is_multiplied_with_the_weights_every_few_steps(renew):
+    one = learner("kronecker", renew=renew, optimizer=lambda p: torch.optim.SGD(p, 1e-3), epochs=1)
+    first, second = stream()[:2]
+    one.learn(first)
+    model, prior, task = copy.deepcopy(one.model), one.prior, second.train
+    order = torch.Generator()
+    order.set_state(one.generator.get_state())
+    one.fit(second)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for step, index in enumerate(torch.randperm(len(task), generator=order).split(10)):
+        if step % renew == 0:
+            near = prior if renew == 1 else prior.near(model)
+        inputs, labels, _ = task.batch(index)
+        optimizer.zero_grad()
+        near.loss(model, inputs, labels, num_data=len(task), head=task.head).backward()
+        optimizer.step()
+    assert same(weights(model), weights(one.model))
 
 
 @pytest.mark.parametrize("case", ["si", "scheduler", "dropout"])
@@ -531,6 +553,7 @@ def test_weights_that_blow_up_in_the_last_step_are_noticed():
         ({"batch_size": 0}, "at least 1, got 1 and 0"),
         ({"memory_batch_size": 0}, "memory_batch_size must be at least 1, or None for all, got 0"),
         ({"min_steps": -1}, "min_steps must be at least 0, got -1"),
+        ({"renew": 0}, "renew must be at least 1, got 0"),
         ({"clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
     ],
 )

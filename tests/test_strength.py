@@ -175,6 +175,15 @@ def test_examples_that_are_left_out_take_no_part() -> None:
     assert found == pytest.approx(find_strength(model, rest, likelihood, G, start), rel=1e-12)
 
 
+def test_an_example_that_stands_for_several_is_as_good_as_copies_of_it() -> None:
+    model, data, likelihood, start = net(), task(), Categorical(), elsewhere(net())
+    weights = torch.arange(24) % 4
+    copies = data[torch.repeat_interleave(torch.arange(24), weights)]
+    G = estimate(model, data, likelihood, structure="diagonal") * 0.01
+    found = find_strength(model, data, likelihood, G, start, weights=weights)
+    assert found == pytest.approx(find_strength(model, copies, likelihood, G, start), rel=1e-12)
+
+
 def test_a_rehearsal_brings_the_memory_back_and_ends_below_the_plain_ratio() -> None:
     likelihood, data = Categorical(), task(size=200)
     model = fitted(net(), data, likelihood)

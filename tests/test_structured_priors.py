@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import lifelong
 from lifelong import Categorical, Examples, Gaussian, Prior, Regulariser
-from lifelong.curvature import BlockDiagonal, Curvature, estimate
+from lifelong.curvature import BlockDiagonal, Curvature, Diagonal, estimate
 from lifelong.recall import Pass, fit_curvature
 from lifelong.recipe import Fitted, Recipe
 from lifelong.removal import _is_indefinite
@@ -80,7 +81,7 @@ def test_removing_is_never_having_learned(structure: Any) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_sum_over_tasks(structure: Any, preset: str, tmp_path: Path) -> None:
     model, likelihood = net(), Categorical()
-    prior = PRESETS[preset](likelihood, structure=structure, strength=2.0)
+    prior = unmerged(PRESETS[preset](likelihood, structure=structure, strength=2.0))
     total = torch.zeros(())
     for seed in range(2):
         data = task(seed)
@@ -125,13 +126,73 @@ def test_a_head_for_each_task(structure: Any) -> None:
     assert list(g.shapes) == [name for name, _ in model.named_parameters()]
 
 
-def test_products_are_kept_for_each_task() -> None:
-    prior, model = lifelong.online_laplace(Categorical(), structure="kronecker"), net()
+def unmerged(prior: Prior) -> Prior:
+    """A product for each task."""
+    return replace(prior, recipe=replace(prior.recipe, merge=False))
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "eigen_kronecker"])
+def test_products_of_all_tasks_merge_to_one(structure: Any) -> None:
+    merged, model = lifelong.online_laplace(Categorical(), structure=structure), net()
+    whole = unmerged(merged)
+    sizes = []
     for seed in range(3):
-        prior = prior.update(model, task(seed))
-    g = curvature_of(prior)
-    assert isinstance(g, BlockDiagonal)
-    assert [block.num_products for block in g.blocks] == [3, 3]  # type: ignore[attr-defined]
+        merged, whole = (prior.update(model, task(seed)) for prior in (merged, whole))
+        g, exact = curvature_of(merged), curvature_of(whole)
+        assert isinstance(g, BlockDiagonal)
+        assert isinstance(exact, BlockDiagonal)
+        assert [block.num_products for block in g.blocks] == [1, 1]  # type: ignore[attr-defined]
+        counts = [block.num_products for block in exact.blocks]  # type: ignore[attr-defined]
+        assert counts == [seed + 1, seed + 1]
+        for one, every in zip(g.blocks, exact.blocks, strict=True):
+            traces = [sum(float(v.sum()) for v in b.diagonal().values()) for b in (one, every)]
+            assert traces[0] == pytest.approx(traces[1])
+        sizes.append(merged.num_bytes)
+    assert len(set(sizes)) == 1
+
+
+def test_the_same_task_again_merges_exactly() -> None:
+    merged, model = lifelong.online_laplace(Categorical(), structure="kronecker"), net()
+    whole = unmerged(merged)
+    for _ in range(3):
+        merged, whole = (prior.update(model, task(0)) for prior in (merged, whole))
+    gap = matrix(curvature_of(merged)) - matrix(curvature_of(whole))
+    assert gap.norm() <= 1e-9 * matrix(curvature_of(whole)).norm()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("precision", [0.0, 0.3])
+def test_near_the_weights_it_is_the_prior(structure: Any, precision: float) -> None:
+    """Value, gradient and the diagonal of the Hessian; and it costs a diagonal."""
+    prior = lifelong.online_laplace(
+        Categorical(), structure=structure, strength=2.0, precision=precision
+    )
+    model = net()
+    stored = replace(prior, recipe=replace(prior.recipe, gradient="stored"))
+    for p in (prior, stored):
+        p = p.update(model, task(0))
+        here = moved(model)
+        near = p.near(here)
+        assert nats(near, here) == pytest.approx(nats(p, here), rel=1e-9)
+        params = list(here.parameters())
+        for a, b in zip(
+            *(torch.autograd.grad(q.weight_space(here), params) for q in (near, p)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        g = curvature_of(near)
+        assert isinstance(g, Diagonal)
+        for n, v in curvature_of(p).diagonal().items():
+            torch.testing.assert_close(g.values[n], v)
+        assert near.near(here) is near
+
+
+def test_a_diagonal_is_near_itself_already() -> None:
+    prior = lifelong.online_laplace(Categorical(), structure="diagonal").update(net(), task(0))
+    assert prior.near(net()) is prior
+
+
+def test_directions_are_kept_for_each_task() -> None:
+    model = net()
     ranks = lifelong.online_laplace(Categorical(), structure="low_rank")
     for seed in range(2):
         ranks = ranks.update(model, task(seed))

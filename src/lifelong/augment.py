@@ -1,8 +1,8 @@
 """Augmentation: inputs changed at random, a whole batch at a time.
 
-``AUGMENTATIONS[name](inputs, generator)`` returns as many inputs of the same shape and type. Each
-image is moved by its own whole number of pixels, and what comes from outside of it is 0 (black in
-uint8 and in [0, 1]). One gather does a batch: no image is looked at by itself.
+``AUGMENTATIONS[name](inputs, generator)`` returns as many inputs of the same shape and type. What
+comes from outside of an image is 0 (black in uint8 and in [0, 1]). No image is looked at by
+itself: crops and shifts are one gather for a batch, elastic distortions one resampling.
 
 Augmentation is for training alone. Curvature, soft labels and scores are of the images as they are;
 a remembered image that is changed keeps the soft label of the unchanged one.
@@ -10,6 +10,7 @@ a remembered image that is changed keeps the soft label of the unchanged one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -41,7 +42,39 @@ def shift(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
     return _moved(x, (x.shape[2] // 14, x.shape[3] // 14), False, generator)
 
 
-AUGMENTATIONS: Mapping[str, Augment] = MappingProxyType({"crop-flip": crop_flip, "shift": shift})
+def elastic(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
+    """Turned, stretched, moved and bent a little: how handwriting differs (Simard 2003).
+
+    x(u) -> x(A u + b + v(u)): A turns by up to 10 degrees and scales by up to 10 %, b moves by up
+    to a fourteenth of each side, and v is a smooth field: on a grid of 5 x 5 drawn from a normal
+    distribution with a standard deviation of 3/56 of each side (1.5 pixels of 28), in between by
+    bilinear interpolation, as the pixels are. inputs: images (B, C, H, W), of floats or of uint8,
+    which are rounded. Raises as ``shift``.
+    """
+    x = _images(inputs)
+    batch, device = len(x), x.device
+    place = None if generator is None else generator.device
+
+    def drawn(high: float) -> Tensor:
+        unit = torch.rand(batch, generator=generator, device=place)
+        return ((2 * unit - 1) * high).to(device)
+
+    angle, scale = drawn(math.radians(10)), 1 / (1 + drawn(0.1))
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    right, down = drawn(1 / 7), drawn(1 / 7)  # the sides of grid_sample are 2 long
+    rows = [torch.stack(row, 1) for row in ((cos, -sin, right), (sin, cos, down))]
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    field = torch.randn(batch, 2, 5, 5, generator=generator, device=place).to(device)
+    field = F.interpolate(field, size=x.shape[2:], mode="bilinear", align_corners=True)
+    grid = grid + field.permute(0, 2, 3, 1) * (3 / 28)
+    values = x if x.is_floating_point() else x.float()
+    moved = F.grid_sample(values, grid.to(values.dtype), align_corners=False)
+    return moved if x.is_floating_point() else moved.round().clamp(0, 255).to(x.dtype)
+
+
+AUGMENTATIONS: Mapping[str, Augment] = MappingProxyType(
+    {"crop-flip": crop_flip, "shift": shift, "elastic": elastic}
+)
 
 
 def _images(inputs: Inputs) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -116,9 +117,11 @@ def _split_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
     return split_by_class(train, test, scenario=scenario, name="split-mnist")
 
 
-def _permuted_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
+def _permuted_mnist(
+    data_dir: Path | None, scenario: Scenario, *, num_tasks: int = 10, name: str = "permuted-mnist"
+) -> TaskStream:
     train, test = (load(find(_folder(data_dir), "mnist", s), split=s) for s in ("train", "test"))
-    return permuted(train, test, num_tasks=10, name="permuted-mnist")
+    return permuted(train, test, num_tasks=num_tasks, name=name)
 
 
 def _split_cifar_t(data_dir: Path | None, scenario: Scenario) -> TaskStream:
@@ -238,21 +241,37 @@ def _benchmarks() -> Iterable[Benchmark]:
         needs_data=True,
     )
 
-    # CIFAR-100 stands for the last five tasks in the papers; see the table's note.
+    # A stress test of many tasks: nothing published, one pass over each task.
+    yield Benchmark(
+        "permuted-mnist-50",
+        "MNIST, fifty tasks, the pixels of each in another order; MLP 784-100-100-10",
+        partial(_permuted_mnist, num_tasks=50, name="permuted-mnist-50"),
+        lambda outputs: mlp(784, 100, 100, outputs),
+        ("domain",),
+        Training(epochs=1, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle"),
+        200,
+        needs_data=True,
+    )
+
+    # The papers have CIFAR-100 where this has Tiny ImageNet; see the table's note. Chosen on
+    # training files alone, one seed (CIFAR-10 45,000 to 5,000; for the later tasks classes 50 to 99
+    # of Tiny ImageNet, which are not in the stream, 160 images of each to 40). Dropout: 8 epochs
+    # of the first task with the published rates reach 74.0 %, 5 epochs with a quarter of them
+    # too. A second task: 200 steps of 64 at 2e-3 54.0 %, 600 steps 56.8, 600 at 5e-4 53.5, 300 of
+    # 32 at 1e-3 50.2 (standard error 2.5). Epochs by what the time allows.
     yield Benchmark(
         "split-cifar-t",
         "CIFAR-10 (JPEG), then fifty classes of Tiny ImageNet at 32 x 32, ten a task; CifarNet",
         _split_cifar_t,
-        cifarnet,
+        partial(cifarnet, dropout=0.25),
         ("task",),
         Training(
-            epochs=20,
-            batch_size=128,
-            memory_batch_size=128,
+            epochs=10,
+            batch_size=64,
+            memory_batch_size=64,
             lr=2e-3,
             schedule="one-cycle",
             augment="crop-flip",
-            min_steps=400,
             autocast=True,
         ),
         200,

@@ -22,6 +22,7 @@ BenchmarkName = Literal[
     "split-digits",
     "split-mnist",
     "permuted-mnist",
+    "permuted-mnist-50",
     "split-cifar-t",
     "fromp-toy",
     "two-moons",
@@ -36,6 +37,7 @@ PresetName = Literal[
     "kprior",
     "fromp",
     "gradient_reconstruction",
+    "recommended",
     "lwf",
     "experience_replay",
     "der",
@@ -46,7 +48,7 @@ PresetName = Literal[
 Scenario = Literal["task", "class", "domain"]
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "one-cycle", "cosine"]
-Augmentation = Literal["none", "crop-flip", "shift"]
+Augmentation = Literal["none", "crop-flip", "shift", "elastic"]
 
 
 class UsageError(ValueError):
@@ -203,7 +205,7 @@ class Overrides:
     """Of the learning rate, over each task."""
     augment: _AugmentFlag = None
     """Images changed at random in training; crop-flip: moved by up to an eighth of a side, and \
-mirrored; shift: moved by up to a fourteenth."""
+mirrored; shift: moved by up to a fourteenth; elastic: moved, turned, stretched and bent a bit."""
     min_steps: Annotated[_Int, _BENCHMARKS] = None
     """Steps that a small task gets at least, by more epochs."""
     autocast: bool = False

@@ -27,7 +27,7 @@ from .curvature.follow import followed
 from .data import Examples, Head, head_mask
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
-from .metrics import AccuracyMatrix, evaluate
+from .metrics import AccuracyMatrix, Evaluation, evaluate
 from .models import Inputs, evaluating, forward, move, parameters, require_finite, rows, snapshot
 from .path import PathIntegral
 from .prior import Prior
@@ -69,8 +69,10 @@ class Learner:
     task. scheduler: (optimizer, number of steps) -> a scheduler stepped after each batch.
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
-    augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
-    task that makes fewer in ``epochs`` passes gets more of them.
+    renew: steps after which a curvature that is more than a diagonal is multiplied with the weights
+    again (``Prior.near``); 1 does so in every step. augment: changes inputs in training, new and
+    remembered (``lifelong.augment``). min_steps: a task that makes fewer in ``epochs`` passes gets
+    more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
     """
 
@@ -88,6 +90,7 @@ class Learner:
         autocast: torch.dtype | None = None,
         augment: Augment | None = None,
         min_steps: int = 0,
+        renew: int = 4,
         seed: int = 0,
     ) -> None:
         if epochs < 1 or batch_size < 1:
@@ -100,13 +103,15 @@ class Learner:
             )
         if min_steps < 0:
             raise ValueError(f"min_steps must be at least 0, got {min_steps}")
+        if renew < 1:
+            raise ValueError(f"renew must be at least 1, got {renew}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
         self.model, self.prior = model, prior
         self.optimizer, self.scheduler = optimizer or adam(), scheduler
         self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
         self.clip, self.autocast = clip, autocast
-        self.augment, self.min_steps = augment, min_steps
+        self.augment, self.min_steps, self.renew = augment, min_steps, renew
         self.generator = torch.Generator().manual_seed(seed)
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
@@ -361,7 +366,7 @@ class Learner:
                 continue
             self.learn(task, on_epoch=saved)
             tested = seen if following is None else [*seen, following]
-            self.accuracy.append([self._accuracy(i, old) for i, old in enumerate(tested)])
+            self.accuracy.append([self.test(old, i).accuracy for i, old in enumerate(tested)])
             save()
             if on_task is not None:
                 on_task(index)
@@ -533,7 +538,10 @@ class Learner:
         total = 0.0
         remembered = 0 if pool is not None else prior.num_drawn(self.memory_batch_size)
         order = torch.randperm(count, generator=self.generator)
-        for index in order.split(self.batch_size):
+        whole = prior
+        for step, index in enumerate(order.split(self.batch_size)):
+            if self.renew > 1 and step % self.renew == 0:
+                prior = whole.near(self.model)
             optimizer.zero_grad(set_to_none=True)
             with self._precision(device):
                 if pool is None:
@@ -595,11 +603,15 @@ class Learner:
         model.load_state_dict(self._finished[index])
         return model
 
-    def _accuracy(self, index: int, task: Task) -> float:
-        test = task.test
-        if test is None:
+    def test(self, task: Task, index: int | None = None) -> Evaluation:
+        """How good ``model_of(index)`` (by default the task's own number) is on the test examples,
+        in the precision that it was trained in. Raises ValueError where there are none, and as
+        ``lifelong.evaluate``."""
+        if task.test is None:
             raise ValueError(f"task {task.name!r} has no test examples")
-        return evaluate(self.model_of(index), test, self.prior.likelihood).accuracy
+        model = self.model_of(task.index if index is None else index)
+        with self._precision(self._device):
+            return evaluate(model, task.test, self.prior.likelihood)
 
 
 def _with_next(stream: Iterable[Task]) -> Iterator[tuple[Task, Task | None]]:

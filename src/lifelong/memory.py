@@ -21,7 +21,19 @@ from . import curve, select
 from .budget import Bytes, Fidelity, Given, parse
 from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
 from .likelihoods import Likelihood
-from .models import Inputs, Params, concat, device_of, evaluating, forward, move, nbytes, rows, take
+from .models import (
+    Inputs,
+    Params,
+    concat,
+    device_of,
+    evaluating,
+    forward,
+    move,
+    nbytes,
+    require_finite,
+    rows,
+    take,
+)
 from .scores import Score, outputs, score_batch
 
 
@@ -263,6 +275,8 @@ def memorise(
     head = head_of(data, head)
     passing = _Pass(model, data, likelihood, head, task, batch_size)
     size = parse(budget)
+    # At random nothing but the labels is needed until it is known who stays.
+    asks = score != "random"
     if ids is None and isinstance(size, Fidelity):
         probed = curve.probe(
             model,
@@ -301,7 +315,7 @@ def memorise(
     pool: _Pool | None = None
     bar: select.Bar | None = None
     since = 0  # newcomers after the bar was set
-    for group in _groups(passing, score, variance, generator):
+    for group in _groups(replace(passing, asks=asks), score, variance, generator):
         labels = classes(group.labels)
         # Only newcomers that could be chosen are copied out of their batches.
         if bar is None:
@@ -329,7 +343,12 @@ def memorise(
     else:
         chosen = select.per_class(pool.keys, labels, size, descending=descending)
         chosen = chosen[torch.sort(labels[chosen], stable=True).indices]
-    return passing.items(*pool.joined(chosen))
+    batch, f = pool.joined(chosen)
+    if not asks:
+        with evaluating(model):
+            parts = [batch.rows(slice(i, i + batch_size)) for i in range(0, size, batch_size)]
+            f = torch.cat([outputs(model, part, likelihood, None) for part in parts])
+    return passing.items(batch, f)
 
 
 _GROUP = 16 * 2**20  # bytes of inputs that are held until one selection is made among them
@@ -398,7 +417,9 @@ def _together(pools: list[_Pool]) -> _Pool:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One pass over data: (batch, outputs before the mask, mask) in eval mode, checked."""
+    """One pass over data: (batch, outputs before the mask, mask) in eval mode, checked. ``asks``:
+    of every example; else of the first one, whose outputs stand for all, and labels alone are
+    checked."""
 
     model: nn.Module
     data: Data
@@ -406,14 +427,24 @@ class _Pass:
     head: Head | None
     task: int
     batch_size: int
+    asks: bool = True
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
         device = device_of(self.model)
+        first: Tensor | None = None
         with evaluating(self.model):
             for batch in batches(self.data, self.batch_size):
                 batch = batch.to(device)
                 # The number of outputs is known only after a forward.
-                f = outputs(self.model, batch, self.likelihood, None)
+                if self.asks:
+                    f = outputs(self.model, batch, self.likelihood, None)
+                else:
+                    _require_finite_inputs(batch.inputs)
+                    if first is None:
+                        with torch.no_grad():
+                            first = forward(self.model, take(batch.inputs, slice(0, 1)))
+                    f = first.expand(len(batch.labels), -1)
+                    self.likelihood.validate(f, batch.labels, None)
                 mask = head_mask(self.head, f.shape[1], f.device)
                 if mask is not None:
                     self.likelihood.validate(f, batch.labels, mask)
@@ -421,6 +452,11 @@ class _Pass:
 
     def items(self, batch: Batch, f: Tensor) -> Memory:
         return remember(batch, f, head=self.head, task=self.task)
+
+
+def _require_finite_inputs(inputs: Inputs) -> None:
+    for part in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
+        require_finite(part, "an input, and so the model's output,")
 
 
 def _gather(passing: _Pass, ids: Tensor | None) -> Memory:

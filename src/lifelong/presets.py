@@ -47,6 +47,8 @@ def ewc(
     online: bool = False,
     discount: float = 1.0,
     estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
+    equal_tasks: bool = False,
     precision: float = 0.0,
 ) -> Prior:
     r"""Elastic weight consolidation: strength · ½ sum_s <theta - theta_s, F_s (theta - theta_s)>.
@@ -57,7 +59,8 @@ def ewc(
     Laplace's method gives.
 
     strength="auto" finds it for each task: F, at weights that are sure of their data, says next to
-    nothing (``lifelong.strength``).
+    nothing (``lifelong.strength``). curvature_examples: of how many examples F is estimated, here
+    and in other presets; None reads all.
 
     Departs from most released codes: F is the sum over examples of per-example quantities, exact
     over all labels by default, not the square of a mini-batch's mean gradient, so ``strength`` does
@@ -70,7 +73,9 @@ def ewc(
         "ewc",
         structure="diagonal",
         estimator=estimator,
+        curvature_examples=curvature_examples,
         strength=strength,
+        equal_tasks=equal_tasks,
         discount=discount if online else 1.0,
         gradient=gradient,
     )
@@ -201,6 +206,8 @@ def fromp(
     kernel: Literal["gp", "identity"] = "gp",
     score: str = "lambda",
     descending: bool = True,
+    estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
 ) -> Prior:
     r"""Functional regularisation of memorable past (Pan et al. 2020):
 
@@ -222,6 +229,8 @@ def fromp(
     recipe = Recipe(
         "fromp",
         structure="diagonal" if kernel == "gp" else None,
+        estimator=estimator,
+        curvature_examples=curvature_examples,
         gradient="none",
         memory=memory,
         score=score,
@@ -250,6 +259,9 @@ def gradient_reconstruction(
     precision: float = 0.0,
     score: str = "random",
     temperature: float = 1.0,
+    estimator: Estimator = "exact",
+    curvature_examples: int | None = None,
+    equal_tasks: bool = False,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -263,6 +275,7 @@ def gradient_reconstruction(
     examples of its task; False counts every past example's curvature exactly once (w = 1). The two
     agree where all is kept. With a small memory and a diagonal G, w = 1 leaves nearly everything
     to G, which a diagonal carries badly, and it forgets more.
+    equal_tasks: each task counts as much as the one at hand, whatever its size (see ``Recipe``).
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -280,7 +293,10 @@ def gradient_reconstruction(
     recipe = Recipe(
         "gradient_reconstruction",
         structure=structure if weight else None,
+        estimator=estimator,
+        curvature_examples=curvature_examples,
         strength=strength,
+        equal_tasks=equal_tasks,
         gradient=gradient,
         memory=memory if soft or hard or fraction else 0,
         score=score,
@@ -291,6 +307,46 @@ def gradient_reconstruction(
         divergence=KL(temperature),
     )
     return _prior(likelihood, recipe, precision)
+
+
+def recommended(
+    likelihood: Likelihood,
+    *,
+    memory: Given | None = 200,
+    structure: Fitted = "diagonal",
+    precision: float = 0.0,
+) -> Prior:
+    r"""What to take where nothing is known yet: ``gradient_reconstruction`` with nothing to tune.
+
+        c ½ <d, G d> + N_new / M sum_memory KL(p* ‖ p)   for each past task, at the newest weights.
+
+    Chosen by the tables of ``lifelong bench`` on held-out training data (docs/which-prior.md). Its
+    parts, and why each is as it is:
+
+    - items drawn at random, as many of each class: scores that favour hard examples lose as soon as
+      an item has to stand for many;
+    - soft labels, asked for again after each task: true labels, or half of each, were no better on
+      classes that keep coming and worse where all tasks share their outputs;
+    - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
+      found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
+      examples, so that a convolutional network's update costs seconds, not minutes;
+    - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): a large
+      task then leaves a small one room to be learned. Where all are of one size this is
+      ``gradient_reconstruction`` as it is by default, but for the estimate of G.
+
+    memory: examples of each task, or bytes, or a fidelity (``budget``). structure: "kronecker" is
+    dearer, and better where tasks share little (docs/curvature.md).
+    """
+    prior = gradient_reconstruction(
+        likelihood,
+        memory=memory,
+        structure=structure,
+        estimator="mc",
+        curvature_examples=10_000,
+        equal_tasks=True,
+        precision=precision,
+    )
+    return replace(prior, recipe=replace(prior.recipe, name="recommended"))
 
 
 def lwf(likelihood: Likelihood, *, strength: float = 1.0, temperature: float = 2.0) -> Prior:
@@ -313,6 +369,7 @@ def experience_replay(
     strength: float = 1.0,
     balanced: bool = False,
     total: bool = True,
+    equal_tasks: bool = False,
 ) -> Prior:
     r"""Replay of true labels: strength · (N / M) sum_memory l(y, f), N all past examples.
 
@@ -331,6 +388,7 @@ def experience_replay(
         per_class=balanced,
         population=True,
         soft=0.0,
+        equal_tasks=equal_tasks,
         hard=strength,
     )
     return _prior(likelihood, recipe)
@@ -429,6 +487,7 @@ PRESETS: Mapping[str, Callable[..., Prior]] = MappingProxyType(
             kprior,
             fromp,
             gradient_reconstruction,
+            recommended,
             lwf,
             experience_replay,
             der,

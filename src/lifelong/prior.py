@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,7 @@ class Prior:
     data, where only the kernels of FROMP use it. num_data, num_tasks: what has been learned.
     heads: the class sets that occurred. strengths: of each task's curvature, given or found.
     beliefs: by how much each task was multiplied since (``discount``, ``*``), 1 for a new one.
+    task_size: for how many examples each task counts, where the recipe makes them equal; else 0.
     """
 
     likelihood: Likelihood
@@ -105,6 +106,7 @@ class Prior:
     heads: tuple[Head | None, ...] = ()
     strengths: tuple[float, ...] = ()
     beliefs: tuple[float, ...] = ()
+    task_size: int = 0
 
     def __post_init__(self) -> None:
         require_likelihood(self.likelihood)
@@ -206,6 +208,14 @@ class Prior:
                 return torch.zeros((), dtype=first.dtype, device=first.device)
             return sum(values[1:], start=values[0])
 
+    def near(self, model: nn.Module) -> Prior:
+        """The prior for a few steps of training from the model's weights, where G is more than a
+        diagonal: see ``WeightTerm.near``. Value and gradient here are those of the prior."""
+        with _full_precision(next(model.parameters()).device), torch.no_grad():
+            terms = tuple(t.near(model) if isinstance(t, WeightTerm) else t for t in self.terms)
+        same = all(new is old for new, old in zip(terms, self.terms, strict=True))
+        return self if same else replace(self, terms=terms)
+
     @cached_property
     def _weight_space_terms(self) -> list[Callable[[nn.Module], Tensor]]:
         return complete(self.terms)
@@ -300,10 +310,12 @@ class Prior:
     # ---------------------------------------------------------------- update
 
     def prepare(self, model: nn.Module, data: Data, *, head: Head | None = None) -> Prior:
-        """Call before a task is learned: LwF records what the old model says of the new inputs.
-
-        The other priors return themselves. Soft labels over all classes seen so far.
+        """Call before a task is learned: LwF records what the old model says of the new inputs,
+        over all classes seen so far; a prior of equal tasks lets each past task count for as many
+        examples as the new one has. The other priors return themselves.
         """
+        if self.recipe.equal_tasks:
+            return self._equal_tasks(num_examples(data))
         if self.recipe.distil == 0 or self.num_tasks == 0:
             return self
         require_repeatable(data)
@@ -341,18 +353,12 @@ class Prior:
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
         self._require_anchor(model)  # before anything is drawn
-        items = self.memorise(model, data, head=head, generator=generator, batch_size=batch_size)
-        return self.recall(
-            model,
-            data,
-            items,
-            head=head,
-            path=path,
-            groups=groups,
-            max_groups=max_groups,
-            generator=generator,
-            batch_size=batch_size,
-        )
+        over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
+        with _undrawn(generator):
+            items = self.memorise(model, data, **over)
+            return self.recall(
+                model, data, items, path=path, groups=groups, max_groups=max_groups, **over
+            )
 
     def identify(
         self,
@@ -444,6 +450,8 @@ class Prior:
         require_repeatable(data)
         self._require_anchor(model)
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
+        if recipe.equal_tasks:  # as ``prepare`` did, if it was called
+            past = past._equal_tasks(num_examples(data))
         old = None if recipe.distil else past.memory
         if old is not None and recipe.refresh and not recipe.kernel:
             old = old.refresh(model)
@@ -581,10 +589,19 @@ class Prior:
         """
         if not 0 <= factor <= 1:
             raise ValueError(f"discount must lie in [0, 1], got {factor}")
+        return self._believed(factor)
+
+    def _believed(self, factor: float) -> Prior:
         terms = tuple(t if isinstance(t, Regulariser) else t * factor for t in self.terms)
         curvature = None if self.curvature is None else self.curvature * factor
         beliefs = tuple(b * factor for b in self.beliefs)
         return replace(self, terms=terms, curvature=curvature, beliefs=beliefs)
+
+    def _equal_tasks(self, size: int) -> Prior:
+        """Each past task counts for ``size`` examples."""
+        if self.task_size in (0, size):
+            return replace(self, task_size=size)
+        return replace(self._believed(size / self.task_size), task_size=size)
 
     def replace(self, *, regulariser: Regulariser) -> Prior:
         """Another regulariser. R is a term of its own and g is of data only, so R is swapped.
@@ -882,6 +899,7 @@ class Prior:
             "heads": [None if h is None else list(h) for h in self.heads],
             "strengths": list(self.strengths),
             "beliefs": list(self.beliefs),
+            "task_size": self.task_size,
         }
 
     @classmethod
@@ -898,6 +916,7 @@ class Prior:
             heads=tuple(None if h is None else tuple(h) for h in state["heads"]),
             strengths=tuple(state["strengths"]),
             beliefs=tuple(state["beliefs"]),
+            task_size=state.get("task_size", 0),  # of files from before it was written
         )
 
 
@@ -947,6 +966,17 @@ def _union(heads: tuple[Head | None, ...]) -> Head | None:
     if any(h is None for h in heads):
         return None
     return tuple(sorted({c for h in heads for c in h or ()}))
+
+
+@contextmanager
+def _undrawn(generator: torch.Generator | None) -> Iterator[None]:
+    """Where something raises inside, what was drawn is given back."""
+    state = torch.get_rng_state() if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state) if generator is None else generator.set_state(state)
+        raise
 
 
 def _mode_matters(model: nn.Module) -> bool:

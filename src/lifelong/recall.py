@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from . import compact, select
 from .budget import Bytes
-from .curvature import Curvature, estimate
-from .data import BATCH_SIZE, Data, Head
+from .curvature import BlockDiagonal, Curvature, estimate
+from .data import BATCH_SIZE, Data, Examples, Head, num_examples
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
 from .memory import Memory
@@ -254,16 +254,21 @@ def curvature(
     # FROMP's covariance is of all data: there the curvature is not a term of the sum.
     leaves_out = recipe.exclude_memory and not recipe.kernel
     excluded = kept.origin if kept is not None and leaves_out else None
+    weights = thinned(over.data, recipe.curvature_examples, excluded, over.generator)
     if recipe.strength == "auto":
-        new = fit_curvature(replace(recipe, strength=1.0), over, exclude=excluded)
-        found = _find_strength(terms, recipe, over, new, kept, excluded)
+        plain = replace(recipe, strength=1.0)
+        new = fit_curvature(plain, over, weights=weights, exclude=excluded)
+        found = _find_strength(terms, recipe, over, new, kept, excluded, weights)
         new, recipe = new * found, replace(recipe, strength=found)
     else:
-        new = fit_curvature(recipe, over, exclude=excluded)
+        new = fit_curvature(recipe, over, weights=weights, exclude=excluded)
     if evicted is not None and leaves_out:
         moved = evicted_curvature(evicted, recipe, over, beliefs, strengths)
         new = new if moved is None else new + moved
-    return Weighed(new if old is None else old + new, number(recipe.strength))
+    total = new if old is None else old + new
+    if recipe.merge and isinstance(total, BlockDiagonal):
+        total = total.merge()
+    return Weighed(total, number(recipe.strength))
 
 
 def _find_strength(
@@ -273,6 +278,7 @@ def _find_strength(
     new: Curvature,
     kept: Memory | None,
     excluded: Tensor | None,
+    weights: Tensor | None,
 ) -> float:
     start = next((t.anchor for t in terms if isinstance(t, WeightTerm)), None)
     if start is None:
@@ -287,9 +293,35 @@ def _find_strength(
         memory=None if kept is None else MemoryTerm(kept, recipe.divergence),
         head=over.head,
         exclude=excluded,
+        weights=weights,
         generator=over.generator,
         batch_size=over.batch_size,
     )
+
+
+def thinned(
+    data: Data,
+    limit: int | None,
+    exclude: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | None:
+    """(N,) weights N' / n of n = ``limit`` examples drawn at random from the N' whose ids are not
+    in ``exclude``, 0 of the others: sums over them are unbiased. None where all are to be read.
+    """
+    if limit is None:
+        return None
+    ids = data.ids if isinstance(data, Examples) else torch.arange(num_examples(data))
+    candidates = torch.ones(len(ids), dtype=torch.bool)
+    if exclude is not None:
+        candidates = ~torch.isin(ids, exclude.to(ids.device)).cpu()
+    places = candidates.nonzero().squeeze(1)
+    if len(places) <= limit:
+        return None
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    order = torch.randperm(len(places), generator=generator)[:limit]
+    weights = torch.zeros(len(ids), dtype=torch.float64)
+    weights[places[order]] = len(places) / limit
+    return weights
 
 
 def evicted_curvature(

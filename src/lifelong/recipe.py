@@ -60,13 +60,24 @@ class Recipe:
     Weight term
         structure: of G: "diagonal", "dense", "isotropic", "kronecker" (K-FAC), "eigen_kronecker",
             "low_rank" (``rank`` directions a task), "block" (dense by module), "path" (SI's path
-            integral) or None for no G. Sums over tasks are exact: Kronecker products and
-            directions are kept beside each other.
+            integral) or None for no G. Sums over tasks are exact, directions are kept beside each
+            other, but for ``merge``.
+        merge: after each task Kronecker products become one of the same trace, so that bytes and
+            seconds do not grow with the tasks. False keeps one for each task (the exact sum).
         estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
         strength: multiplies the curvature of each new task (EWC's lambda). "auto" chooses it for
             each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not
             for "path" or with a kernel.
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
+        curvature_examples: how many examples of a task are read for its G and for a strength of
+            "auto": that many of those not kept, drawn at random, each for N / n of them. Unbiased,
+            and what G costs no longer grows with the task. None reads all. ``forget`` takes an
+            example out with its own curvature all the same, right on average.
+        equal_tasks: each past task counts as much as the one at hand, as if it had had as many
+            examples: where N_s of a task come before N of a new one, all of its terms are
+            multiplied by N / N_s (``Prior.beliefs`` tells). Bayes' rule counts examples, so that a
+            large task is learned at the cost of small ones; a mean accuracy over tasks counts
+            tasks. Call ``Prior.prepare`` before each task. Not with a ``total`` memory or a kernel.
         exclude_memory: leave the examples that are kept out of G, so that none counts twice.
         path_damping: SI's xi.
         gradient: what g holds after a task, at the new anchor theta*:
@@ -104,9 +115,12 @@ class Recipe:
     structure: Structure | None = None
     rank: int = 20
     estimator: Estimator = "exact"
+    merge: bool = True
     strength: float | Auto = 1.0
     discount: float = 1.0
     exclude_memory: bool = True
+    curvature_examples: int | None = None
+    equal_tasks: bool = False
     path_damping: float = 0.1
     gradient: Gradient = "stored"
     memory: Given | None = 0
@@ -136,6 +150,16 @@ class Recipe:
         object.__setattr__(self, "memory", parse(self.memory))
         if isinstance(self.memory, Fidelity):
             self._require_curve()
+        if self.curvature_examples is not None and self.curvature_examples < 1:
+            raise ValueError(
+                "curvature_examples must be at least 1, or None for all, got "
+                f"{self.curvature_examples}"
+            )
+        if self.equal_tasks and (self.total or self.kernel or self.distil):
+            raise ValueError(
+                "equal tasks need terms that are each of one task; expected no total memory, "
+                "kernel or distil"
+            )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         for name in ("soft", "hard", "distil", "jitter"):

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +67,15 @@ def find_strength(
     memory: MemoryTerm | None = None,
     head: Head | None = None,
     exclude: Tensor | None = None,
+    weights: Tensor | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> float:
     """The factor by which ``curvature``, of ``data`` at the model's weights, is to count.
 
     start: where learning began. memory: the new items, kept beside the curvature. exclude: ids of
-    examples that the curvature leaves out. generator: of draws from a memory that is too large to
+    examples that the curvature leaves out. weights: (N,) of the examples, as in the curvature.
+    generator: of draws from a memory that is too large to
     be read in every step. The model is left as it was.
 
     1 where the weights did not move, the curvature is 0 on the way, what it predicts is less than
@@ -88,7 +91,8 @@ def find_strength(
         predicted = 0.5 * float(curvature.quad(d))
         if not predicted > 0:
             return 1.0
-        over = {"head": head, "exclude": exclude, "batch_size": batch_size}
+        over: dict[str, Any] = {"head": head, "exclude": exclude, "batch_size": batch_size}
+        over["weights"] = weights
         g = gradient(model, data, likelihood, **over)
         linear = sum(float((g[n] * v).double().sum()) for n, v in d.items())
         there, there_size = _nats(model, away, data, likelihood, **over)
@@ -132,7 +136,7 @@ def rehearse(
         return dict(start)
     size = min(len(items), max(_SMALLEST, int(stands_for / STEPS)))
     moving = {n: start[n].clone().requires_grad_() for n in theta}
-    adam = torch.optim.Adam(list(moving.values()), lr=RATE * length)
+    adam = torch.optim.Adam(list(moving.values()), lr=RATE * length, fused=_can_fuse(moving))
     with differentiating(model):
         for _ in range(STEPS):
             drawn = memory.draw(size if size < len(items) else None, generator)
@@ -143,6 +147,11 @@ def rehearse(
     return snapshot(moving)
 
 
+def _can_fuse(params: Mapping[str, Tensor]) -> bool:
+    """Whether Adam has one kernel for these: a third of its time, which small steps are made of."""
+    return {p.device.type for p in params.values()} <= {"cpu", "cuda"}
+
+
 def _nats(
     model: nn.Module,
     params: Params,
@@ -151,22 +160,24 @@ def _nats(
     *,
     head: Head | None,
     exclude: Tensor | None,
+    weights: Tensor | None,
     batch_size: int,
 ) -> tuple[float, float]:
-    """Sum of nll at these weights, and how large the numbers are whose relative errors are in it:
-    sum |l| + sum |r f|. Infinity where an output is no finite number."""
+    """Weighted sum of nll at these weights, and how large the numbers are whose relative errors are
+    in it: sum |l| + sum |r f|. Infinity where an output is no finite number."""
     total, size = 0.0, 0.0
     with torch.no_grad():
-        for batch in weighted_batches(model, data, head, None, exclude, batch_size):
+        for batch in weighted_batches(model, data, head, weights, exclude, batch_size):
+            w = batch.weights.double()
             f = _outputs(model, params, batch.inputs)
             if not bool(torch.isfinite(f).all()):
                 return math.inf, math.inf
             y, mask = checked(likelihood, f, batch)
             masked = likelihood.mask(f, mask)
             nll = likelihood.nll(masked, y).double()
-            total += float(nll.sum())
-            size += float(nll.abs().sum())
-            size += float((likelihood.residual(masked, y) * f).double().abs().sum())
+            total += float(w @ nll)
+            size += float(w @ nll.abs())
+            size += float(w @ (likelihood.residual(masked, y) * f).double().abs().sum(1))
     return total, size
 
 

@@ -227,6 +227,30 @@ class WeightTerm:
         values = self.curvature.values if isinstance(self.curvature, Diagonal) else {}
         return {n: Part(a, g.get(n), values.get(n)) for n, a in self.anchor.items()}
 
+    def near(self, model: nn.Module) -> WeightTerm:
+        r"""The quadratic of the same value, gradient and diagonal at the model's weights, but no
+        more of G than its diagonal from there on; itself where G is diagonal anyway.
+
+        A step of training moves the weights by little, so that a product with G in every step
+        tells nearly the same again and again: a few steps with ``near`` cost what a diagonal
+        costs, and where it is asked for again in time they end where the term itself would.
+        """
+        if self.curvature is None or isinstance(self.curvature, Diagonal):
+            return self
+        params = {n: p.detach() for n, p in match(model, self.anchor).items()}
+        slope = self.slope(params)
+        # <d, g> + ½ <d, G d> = ½ <d, g + slope>
+        d = {n: p - self.anchor[n] for n, p in params.items()}
+        constant = sum(_dot(x, slope[n]) for n, x in d.items())
+        if self.gradient is not None:
+            constant = constant + sum(_dot(x, self.gradient[n]) for n, x in d.items())
+        anchor = {n: p.clone() for n, p in params.items()}
+        return Near(anchor, slope, self._diagonal, constant=0.5 * constant)
+
+    @cached_property
+    def _diagonal(self) -> Diagonal | None:
+        return None if self.curvature is None else Diagonal(self.curvature.diagonal())
+
     def slope(self, params: Mapping[str, Tensor]) -> Params:
         """Its gradient g + G d at other weights."""
         d = {n: params[n].detach() - a for n, a in self.anchor.items()}
@@ -253,6 +277,19 @@ class WeightTerm:
         curvature = 0 if self.curvature is None else self.curvature.num_bytes
         groups = 0 if self.groups is None else self.groups.num_bytes
         return nbytes(self.anchor) + nbytes(self.gradient) + curvature + groups
+
+
+@dataclass(frozen=True, eq=False)
+class Near(WeightTerm):
+    """What ``WeightTerm.near`` gives: for some steps of training, not to be kept.
+
+    constant: the value of the whole term at its anchor.
+    """
+
+    constant: Tensor | float = 0.0
+
+    def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
+        return super().value(params, parts) + self.constant
 
 
 @dataclass(frozen=True, eq=False)

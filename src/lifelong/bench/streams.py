@@ -25,7 +25,7 @@ from ..config import Scenario, Training
 from ..data import Examples, Head
 from ..learner import CHECKPOINT, Learner
 from ..likelihoods import Categorical
-from ..metrics import AccuracyMatrix, Evaluation, evaluate
+from ..metrics import AccuracyMatrix
 from ..models import Inputs, nbytes
 from ..presets import PRESETS
 from ..prior import Prior
@@ -36,6 +36,7 @@ from .source import fingerprint
 from .table import Cell, Context, Method, Table, plain
 
 SAVE_EVERY = 30.0  # seconds
+_SECONDS = "seconds.json"
 LARGEST_KEPT = 600_000_000  # bytes of a stream
 
 
@@ -82,7 +83,7 @@ class StreamRun:
             return Learner(model, prior, seed=seed, **learner_options(training))
 
         learner = make_learner(prior)
-        untrained = [_test(learner, task).accuracy for task in stream]
+        untrained = [learner.test(task).accuracy for task in stream]
         if method.preset == "joint":
             learner = make_learner(PRESETS["finetune"](_labels_heads(stream)))
             matrix = _jointly(learner, stream, context)
@@ -92,15 +93,16 @@ class StreamRun:
                 _first_task(learner, make_learner, stream[0], shared, context)
             matrix = _in_a_row(learner, stream, context)
         joint = method.preset == "joint"
-        return measured(learner, stream, matrix, untrained, jointly=joint)
+        found = measured(learner, stream, matrix, untrained, jointly=joint)
+        return (
+            found if joint else {**found, "step_seconds": _step_seconds(learner, stream, context)}
+        )
 
     def shared(self, table: Table, cell: Cell, context: Context) -> Path | None:
         """The first task's weights, which the first cell that needs them makes; None for a cell
         that trains that task by itself."""
         method = table.method(cell.method)
-        prior = PRESETS[method.preset](
-            Categorical(), **arguments(method.preset, method.settings, cell.memory, 1)
-        )
+        prior = self.prior_of(method, cell.memory, num_tasks=1)
         if not self.share or method.preset == "joint" or not can_share(prior):
             return None
         training = self.training_of(method, context.smoke)
@@ -122,19 +124,19 @@ class StreamRun:
     def training_of(self, method: Method, smoke: bool = False) -> Training:
         """The table's training with the method's changes."""
         training = replace(self.training, **method.training)
-        return replace(training, epochs=1) if smoke else training
+        return replace(training, epochs=1, min_steps=0) if smoke else training
 
     def _key(self, training: Training, seed: int, context: Context) -> str:
         """Of everything that the first task's weights come from; no memory is drawn from there."""
-        of = {**asdict(replace(training, memory_batch_size=None)), "seed": seed}
-        of |= {"benchmark": self.benchmark, "scenario": self.scenario, "smoke": context.smoke}
-        of |= {
-            "data": str(context.data),
-            "validation": self.validation,
-            "source": fingerprint(),
-            "torch": torch.__version__,
+        own = {
+            k: v for k, v in asdict(self).items() if k not in ("training", "first_seed", "share")
         }
-        of |= {"smoke_tasks": self.smoke_tasks, "smoke_examples": self.smoke_examples}
+        of = {
+            **{"run": type(self).__qualname__, **own, "seed": seed},
+            **asdict(replace(training, memory_batch_size=None)),
+            **{"data": str(context.data), "smoke": context.smoke},
+            **{"source": fingerprint(), "torch": torch.__version__},
+        }
         return hashlib.sha256(json.dumps(plain(of), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -277,11 +279,18 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
     path = context.folder / CHECKPOINT
     if path.is_file():
         learner.load(path)
+    counts = [len(task) for task in stream]  # of examples, which tell the time better than tasks
+
+    def done(learned: int, part: float = 0.0) -> float:
+        passed = [n * learner.epochs_of(n) for n in counts]
+        return (sum(passed[:learned]) + part * sum(passed[learned : learned + 1])) / sum(passed)
 
     def on_epoch(progress: Any) -> None:
-        context.report((progress.task + progress.epoch / progress.epochs) / len(stream))
+        if progress.epoch == progress.epochs:
+            _add_seconds(context, progress.task, progress.seconds)
+        context.report(done(progress.task, progress.epoch / progress.epochs))
 
-    context.report(len(learner.accuracy) / len(stream))
+    context.report(done(len(learner.accuracy)))
     return learner.run(
         stream,
         folder=context.folder,
@@ -289,6 +298,22 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
         ahead=learner.prior.recipe.reference is None,
         on_epoch=on_epoch,
     )
+
+
+def _add_seconds(context: Context, task: int, seconds: float) -> None:
+    """What training took of a task, on disk beside the checkpoint."""
+    path = context.folder / _SECONDS
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**found, str(task): seconds}))
+
+
+def _step_seconds(learner: Learner, stream: TaskStream, context: Context) -> list[float | None]:
+    """Of a step of training, by task: whether the past gets dearer as it grows. None for a first
+    task that was shared."""
+    path = context.folder / _SECONDS
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    steps = [learner.epochs_of(len(task)) * -(-len(task) // learner.batch_size) for task in stream]
+    return [found[str(t)] / n if str(t) in found else None for t, n in enumerate(steps)]
 
 
 def _first_task(
@@ -356,7 +381,7 @@ def _jointly(learner: Learner, stream: TaskStream, context: Context) -> Accuracy
     """Train once on all tasks: only the last row of the matrix is there."""
     _fit(learner, union(stream), context.folder / CHECKPOINT, None, context)
     learner.prior = PRESETS["finetune"](Categorical())
-    last = [_test(learner, task).accuracy for task in stream]
+    last = [learner.test(task).accuracy for task in stream]
     return AccuracyMatrix.empty(len(stream)).with_row(len(stream) - 1, last)
 
 
@@ -431,7 +456,7 @@ def measured(
         examples = sum(map(len, stream))
         size = sum(len(task) * _size(task.train) for task in stream)
     networks = sum(nbytes(state) for state in learner._finished)  # of "separate"
-    found = [_test(learner, task) for task in stream]
+    found = [learner.test(task) for task in stream]
     return {
         "accuracy": matrix.average_accuracy,
         "anytime_accuracy": matrix.anytime_accuracy,
@@ -452,13 +477,6 @@ def measured(
         "memory_bytes": size + networks,
         "strengths": list(learner.prior.strengths),
     }
-
-
-def _test(learner: Learner, task: Task) -> Evaluation:
-    """Raises ValueError where there is nothing to test on."""
-    if task.test is None:
-        raise ValueError(f"task {task.name!r} has no test examples")
-    return evaluate(learner.model_of(task.index), task.test, Categorical())
 
 
 def _size(data: Examples) -> int:

@@ -9,9 +9,9 @@ with L (O, O) from the gradients at the layer's output and R (I, I) from its inp
 (Martens & Grosse 2015), groups and positions of convolutions as in Grosse & Martens 2016. Either
 factor may be stored as its diagonal, as an embedding's table needs.
 
-T products come from T data sets. Those with one factor in common, up to a number, add to one product
-(a layer of outputs with Gaussian noise: L is the same for any data), and ``+`` makes it; another
-sum of products is no product, so what needs one (an inverse, draws, a determinant) asks for
+T products come from T data sets. Those with one factor in common, up to a number, add to one
+product (a layer of outputs with Gaussian noise: L is the same for any data), and ``+`` makes it;
+another sum of products is no product, so what needs one (an inverse, draws, a determinant) asks for
 ``merge()`` first. Adding the factors instead, L_1 + L_2 and
 R_1 + R_2, as some libraries do, counts the cross terms L_1 ⊗ R_2 and L_2 ⊗ R_1 too: a curvature
 that grows with the square of the number of data sets.
@@ -150,7 +150,11 @@ class Kronecker:
         return len(self.left)
 
     def merge(self) -> Kronecker:
-        """The single product nearest to G in the Frobenius norm (Van Loan & Pitsianis 1993).
+        """One product with the trace of G, in the direction of the one that is nearest to G in the
+        Frobenius norm (Van Loan & Pitsianis 1993).
+
+        The nearest one is smaller than G in trace, as a projection is: task after task the past
+        would fade. Where either trace is not positive (a difference), the nearest one itself.
 
         The rearrangement sum_t vec(L_t) vec(R_t)ᵀ has rank T, and its leading singular pair is the
         answer: found from matrices of T x T, defined for singular factors as well, positive
@@ -522,7 +526,15 @@ def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     b = (sigma[0].sqrt() * (p @ v[0])).reshape(right.shape[1:]).to(right.dtype)
     trace = b.diagonal().sum() if b.ndim == 2 else b.sum()
     sign = -1.0 if float(trace) < 0 else 1.0
-    return sign * a, sign * b
+    whole = (_trace(left, left.ndim - 1) * _trace(right, right.ndim - 1)).sum()
+    part = _trace(a, a.ndim) * _trace(b, b.ndim)
+    scale = float(whole / part) if float(whole) > 0 and float(part) > 0 else 1.0
+    return sign * scale * a, sign * b
+
+
+def _trace(x: Tensor, ndim: int) -> Tensor:
+    """Of matrices, or of diagonals, in the last ``ndim`` dimensions."""
+    return (x.diagonal(dim1=-2, dim2=-1) if ndim == 2 else x).double().sum(-1)
 
 
 def _marginal_basis(bases: Tensor | None, values: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ predictive_bands                        what a 1-D regression does not know, and
 evidence_against_test                   does the training data's evidence find the best test loss?
 reliability_diagram                     does a confidence of 0.8 mean right in 80 % of the cases?
 memory_curves                           how much of the past must be kept to adapt to a change?
+seen_once                               a stream of classes: what is still known, what is kept
 accuracy_against_memory                 a table's methods over the examples they keep of each task
 decision_regions                        what a classifier says all over the plane, and its memory
 
@@ -39,6 +40,7 @@ from .scores import (
     sensitivity_histogram,
     sensitivity_scatter,
 )
+from .seen_once import seen_once
 from .style import COLOURS, INK, PLAIN, RAMP, RULE, SOFT
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "predictive_bands",
     "ranked_sensitivity",
     "reliability_diagram",
+    "seen_once",
     "sensitivity_evolution",
     "sensitivity_histogram",
     "sensitivity_scatter",

@@ -13,6 +13,7 @@ _MODULES = (
     "elec2",
     "ablation",
     "frozen",
+    "cifar",
 )  # fmt: skip
 
 
