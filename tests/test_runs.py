@@ -265,6 +265,7 @@ def test_split_tiny_imagenet_deals_classes_in_the_order_of_its_list(tmp_path: Pa
     assert [task.head for task in stream] == [tuple(order[:20]), tuple(order[20:])]
     for task in stream:
         assert task.test is not None
+        assert task.head is not None
         x = torch.as_tensor(task.train.inputs)
         assert (x.shape, x.dtype) == ((20, 3, 64, 64), torch.uint8)
         assert set(task.train.labels.tolist()) == set(task.test.labels.tolist()) == set(task.head)
