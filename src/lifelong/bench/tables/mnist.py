@@ -176,6 +176,7 @@ def _stressed() -> tuple[Method, ...]:
         Method("experience_replay", "experience_replay"),
         Method("gradient_reconstruction", "gradient_reconstruction"),
         _KRONECKER,
+        Method("recommended", "recommended"),
     )
 
 
