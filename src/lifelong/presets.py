@@ -262,6 +262,7 @@ def gradient_reconstruction(
     estimator: Estimator = "exact",
     curvature_examples: int | None = None,
     equal_tasks: bool = False,
+    ask: bool = False,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -276,6 +277,7 @@ def gradient_reconstruction(
     agree where all is kept. With a small memory and a diagonal G, w = 1 leaves nearly everything
     to G, which a diagonal carries badly, and it forgets more.
     equal_tasks: each task counts as much as the one at hand, whatever its size (see ``Recipe``).
+    ask: soft labels of augmented items are those of the old weights at the augmented input.
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -305,6 +307,7 @@ def gradient_reconstruction(
         hard=hard,
         replay_fraction=fraction,
         divergence=KL(temperature),
+        ask=ask and soft > 0,
     )
     return _prior(likelihood, recipe, precision)
 
@@ -327,6 +330,9 @@ def recommended(
       an item has to stand for many;
     - soft labels, asked for again after each task: true labels, or half of each, were no better on
       classes that keep coming and worse where all tasks share their outputs;
+    - in training with augmentation, the soft label of a changed item is what the old weights say of
+      that very input (``Recipe.ask``): the label of the unchanged image is one that nobody believes
+      of the changed one, and so soft labels lost to true ones there;
     - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
       found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
       examples, so that a convolutional network's update costs seconds, not minutes;
@@ -344,6 +350,7 @@ def recommended(
         estimator="mc",
         curvature_examples=10_000,
         equal_tasks=True,
+        ask=True,
         precision=precision,
     )
     return replace(prior, recipe=replace(prior.recipe, name="recommended"))
