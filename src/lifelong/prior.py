@@ -237,7 +237,7 @@ class Prior:
         self, model: nn.Module, drawn: list[tuple[Any, Any]], inputs: list[Inputs]
     ) -> list[Tensor | None] | None:
         """f* of the anchor at augmented inputs, for each memory that is drawn from; None for those
-        without soft labels, and altogether where the recipe does not ask or the anchors are not one.
+        without soft labels, and altogether where the recipe asks nobody or there is no one anchor.
         """
         anchors = [t for t in self.terms if isinstance(t, WeightTerm)]
         if not self.recipe.ask or len(anchors) != 1:
