@@ -412,6 +412,7 @@ METHODS = (
     Method("kprior, lambda", "kprior", {"population": True}),
     Method("compact_memory", "compact_memory", note="learned vectors instead of examples"),
     Method("gradient_reconstruction", "gradient_reconstruction"),
+    Method("recommended", "recommended"),
     Method("online_ewc", "online_ewc", {"strength": "auto"}),
     Method(
         "online_laplace, kronecker",
@@ -422,21 +423,22 @@ METHODS = (
 )
 
 
-def _table(name: str, title: str, memories: tuple[int, ...], goal: Goal) -> Table:
+def _table(name: str, title: str, memories: tuple[int, ...], memory: int, bar: float) -> Table:
+    """memory: the examples of each task for which joint training is the goal, less ``bar``."""
     kronecker = Method(
         "gradient_reconstruction, kronecker",
         "gradient_reconstruction",
         {"structure": "kronecker"},
-        memories=(goal.memory,),
-        note="a product for each task",
+        memories=(memory,),
     )
+    ours = ("gradient_reconstruction", kronecker.name, "recommended", "regression")
     return Table(
         name=name,
         title=title,
         methods=(*METHODS, kronecker),
         memories=memories,
         run=FrozenRun(name, curve=name == "animals"),
-        goals=(goal,),
+        goals=tuple(Goal(row, memory, bar, "below", ("joint",)) for row in ours),
         needs_data=True,
         smoke={"memories": (2,), "needs_data": False},
     )
@@ -446,12 +448,14 @@ ANIMALS = _table(
     "animals",
     "Animals seen once: 13 tasks of 3, class-incremental, a head on frozen EfficientNet-Lite0",
     (3, 6, 15),
-    Goal("gradient_reconstruction", 6, 3.0, "below", ("joint",), "2 photos of each animal"),
+    6,
+    3.0,
 )
 CLINC150 = _table(
     "clinc150",
     "CLINC150: 10 domains of 15 intents, class-incremental, a head on frozen MiniLM",
     (15, 30, 75),
-    Goal("gradient_reconstruction", 75, 1.5, "below", ("joint",), "5 texts of each intent"),
+    75,
+    1.5,
 )
 TABLES: tuple[Table, ...] = (ANIMALS, CLINC150)
