@@ -97,9 +97,10 @@ def extremes(scores: Tensor, labels: Tensor, k: int) -> dict[str, dict[str, list
 
 
 def run(config: Config, data: Path, out: Path) -> dict[str, Any]:
-    """Train, score and write the record."""
+    """Train, score and write the record; sets that are not asked for now stay in it."""
     out.mkdir(parents=True, exist_ok=True)
-    result = {}
+    path = out / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for name in config.sets:
         train_set = read(name, data, "train", config)
         model = train(name, train_set, config)
@@ -120,9 +121,19 @@ def run(config: Config, data: Path, out: Path) -> dict[str, Any]:
             },
         }
         log(out, f"{name}: test accuracy {accuracy:.4f}, median score {scores.median():.3g}")
-    for name, value in (("config", asdict(config)), ("result", result), ("versions", versions())):
+    for name, value in (
+        ("config", _settings(config)),
+        ("result", result),
+        ("versions", versions()),
+    ):
         (out / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     return result
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings = asdict(config)
+    del settings["sets"]  # the result says it
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -111,6 +111,7 @@ def adaptations(name: str, record: Path) -> Figure:
 def boundaries(record: Path) -> Figure:
     """FROMP above fine-tuning: what each says of the plane after each of the five tasks."""
     config = json.loads((record / "config.json").read_text())
+    result = json.loads((record / "result.json").read_text())
     with np.load(record / "regions.npz") as arrays:
         found = dict(arrays)
     stream = fromp_toy(num_per_class=config["num_per_class"], seed=config["seed"])
@@ -122,6 +123,7 @@ def boundaries(record: Path) -> Figure:
             seen = [task.train.batch(slice(None)) for task in stream[: t + 1]]
             few = slice(None, None, 16)  # of both classes, which come one after the other
             old = found["memorable"][found["task"] <= t]
+            accuracy = np.mean(result[method]["matrix"][t][: t + 1])
             decision_regions(
                 found["x"],
                 found["y"],
@@ -129,7 +131,8 @@ def boundaries(record: Path) -> Figure:
                 points=torch.cat([batch.inputs[few] for batch in seen]),  # type: ignore[index]
                 labels=torch.cat([batch.labels[few] for batch in seen]),
                 marked=old if method == "fromp" else None,
-                title=f"{name}, task {t + 1}" if t == 0 else f"task {t + 1}",
+                title=f"{name}: task {t + 1}" if t == 0 else f"task {t + 1}",
+                note=f"{100 * accuracy:.0f} % right so far",
                 ax=ax,
             )
             ax.set(xticks=[], yticks=[])

@@ -47,6 +47,11 @@ TOTAL = ("experience_replay", "der", "derpp")  # one memory for all tasks, unles
 VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gradient_reconstruction, stored": ("gradient_reconstruction", {"gradient": "stored"}),
     "gradient_reconstruction, kronecker": ("gradient_reconstruction", {"structure": "kronecker"}),
+    "gradient_reconstruction, curvature of 1,000": (
+        "gradient_reconstruction",
+        {"curvature_examples": 1000},
+    ),
+    "recommended, kronecker": ("recommended", {"structure": "kronecker"}),
     "online_laplace, kronecker": ("online_laplace", {"structure": "kronecker"}),
     "fromp, identity": ("fromp", {"kernel": "identity"}),
 }
@@ -115,7 +120,7 @@ def prior_after(case: str, method: str, config: Config, model: nn.Module) -> Pri
     preset, settings = METHODS[method]
     if preset in TOTAL:
         settings = {**settings, "memory": config.memory, "total": False}
-    elif preset in ("kprior", "fromp", "gradient_reconstruction"):
+    elif preset in ("kprior", "fromp", "gradient_reconstruction", "recommended"):
         settings = {**settings, "memory": config.memory}
     prior = PRESETS[preset](Categorical(), **settings)
     g = torch.Generator().manual_seed(0)

@@ -57,7 +57,7 @@ def test_the_test_data_take_no_part(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     train, test = Examples(x.view(-1, 1), x.long() % 2), Examples(-1 - x.view(-1, 1), x.long() % 2)
     tasks = tuple(Task(i, f"{i}", train, test) for i in range(2))
     stream = TaskStream("s", tasks, 2, "domain")
-    monkeypatch.setattr(streams, "_loaded", lambda *_: stream)
+    monkeypatch.setattr(streams, "loaded", lambda *_: stream)
     run = Ablation("split-mnist", "domain", ablation._TRAINING, examples=60)
     for task in run.stream(Context(tmp_path, tmp_path)):
         kept, out = (part.batch(slice(None)).inputs for part in (task.train, task.test))

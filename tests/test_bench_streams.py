@@ -48,6 +48,11 @@ def cell(
     memory = table.method(method).memories_of(table)[0]
     found = table.run(table, Cell("t", method, memory, seed), Context(folder, place, **how))
     assert found.pop("seconds") > 0
+    if method != "joint":  # in one go
+        steps = found.pop("step_seconds")
+        assert len(steps) == len(found["matrix"])
+        assert all(s > 0 for s in steps[1:])
+        assert steps[0] is None or steps[0] > 0
     return record.without_nan(found)
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,24 @@ def test_gradient_reconstruction_without_memory_is_online_laplace() -> None:
     same(reconstruction, lifelong.online_laplace(f, precision=0.2))
 
 
+def test_recommended_is_gradient_reconstruction_where_tasks_are_of_one_size() -> None:
+    case = NETWORKS["mlp Categorical heads"]
+    size = len(case.data[0].labels)
+    ours, theirs = (
+        make(case.likelihood, memory=6, precision=0.2)
+        for make in (
+            lifelong.recommended,
+            partial(lifelong.gradient_reconstruction, estimator="mc", curvature_examples=10_000),
+        )
+    )
+    values = []
+    for prior in (ours, theirs):
+        model, prior = updated(prior, case)
+        prior = prior.prepare(model, case.data[2][:size])
+        values.append(prior(laws.moved(model)).detach())
+    assert torch.allclose(values[0], values[1], rtol=1e-12)
+
+
 def test_gradient_reconstruction_blends_as_one_term() -> None:
     case = NETWORKS["mlp Categorical heads"]
     prior = lifelong.gradient_reconstruction(case.likelihood, memory=6, blend=0.3)
@@ -491,6 +510,7 @@ SMALL: dict[str, dict] = {
     "kprior": {"memory": 4},
     "fromp": {"memory": 4},
     "gradient_reconstruction": {"memory": 4, "replay": 0.5},
+    "recommended": {"memory": 4},
     "experience_replay": {"memory": 6},
     "der": {"memory": 6},
     "derpp": {"memory": 6},
@@ -697,6 +717,8 @@ reconstruction_dense = Row(
     ),
     GAUSSIAN,
 )
+recommended = Row(lambda f: lifelong.recommended(f, memory=None, precision=P), POISSON)
+recommended_gauss = replace(recommended, case=GAUSSIAN)
 kprior = Row(lambda f: lifelong.kprior(f, memory=None, precision=P), POISSON)
 kprior_gauss = replace(kprior, case=GAUSSIAN)
 replay = Row(lambda f: lifelong.experience_replay(f, memory=10_000), POISSON)
@@ -717,7 +739,7 @@ def mostly(reason: str, **entries: Entry) -> dict[str, Entry]:
     return {**dict.fromkeys(PRESETS, reason), **NONE, **entries}
 
 
-def partial() -> None:
+def partial_memory() -> None:
     """Law 2'' for a preset: the error of the GLM falls to nothing as memory grows."""
     case = GLMS["multinomial"]
     errors = []
@@ -761,6 +783,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         "kprior": Row(lambda f: lifelong.kprior(f, memory=5, precision=P), POISSON),
         "fromp": Row(lambda f: lifelong.fromp(f, memory=5), POISSON),
         "gradient_reconstruction": replace(reconstruction, case=POISSON),
+        "recommended": recommended,
         "lwf": replace(lwf, case=POISSON),
         "experience_replay": replay,
         "der": Row(lambda f: lifelong.der(f, memory=5), POISSON),
@@ -776,6 +799,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         "kprior": kprior_gauss,
         "fromp": fromp,
         "gradient_reconstruction": reconstruction,
+        "recommended": recommended_gauss,
         "lwf": lwf,
         "experience_replay": replace(replay, case=GAUSSIAN),
         "der": der,
@@ -787,12 +811,13 @@ TABLE: dict[str, dict[str, Entry]] = {
         si=PATH,
         kprior=kprior,
         gradient_reconstruction=reconstruction_full,
+        recommended=recommended,
         lwf=lwf_glm,
         experience_replay=replay,
         joint=joint,
     ),
     "2'' partial memory": mostly(
-        "has no memory beside a quadratic of the rest", gradient_reconstruction=partial
+        "has no memory beside a quadratic of the rest", gradient_reconstruction=partial_memory
     ),
     "3 remove": mostly(
         NOTHING,
@@ -803,6 +828,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         kprior=kprior_gauss,
         fromp="its kernels mix the examples, so forget raises",
         gradient_reconstruction=reconstruction,
+        recommended=recommended,
         lwf="holds no past example, only the new inputs",
         experience_replay=replace(replay, case=GAUSSIAN),
         der="holds soft labels without the gradient that would leave with them",
@@ -818,6 +844,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         kprior=kprior_gauss,
         fromp=fromp,
         gradient_reconstruction=reconstruction,
+        recommended=recommended,
         experience_replay=replace(replay, case=GAUSSIAN),
         der=der,
         derpp=derpp,
@@ -832,6 +859,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         kprior=kprior,
         fromp=fromp,
         gradient_reconstruction=reconstruction_full,
+        recommended=recommended,
         experience_replay=replay,
         der=der,
         derpp=derpp,
@@ -850,6 +878,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         online_laplace=laplace_dense,
         fromp="the kernel of every task is of all data, so the past counts once a task",
         gradient_reconstruction=reconstruction_dense,
+        recommended=recommended,
         lwf=ONE_TASK,
         der=AT_INSERTION,
         derpp=AT_INSERTION,
@@ -859,6 +888,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         kprior=kprior,
         fromp=QUADRATIC,
         gradient_reconstruction=reconstruction_full,
+        recommended=recommended,
         lwf=ONE_TASK,
         experience_replay=replay,
         der=AT_INSERTION,
@@ -871,6 +901,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         online_laplace=laplace_dense,
         kprior=kprior_gauss,
         gradient_reconstruction=reconstruction_dense,
+        recommended=recommended_gauss,
         joint=joint_gauss,
     ),
     "10 presets": {
@@ -883,6 +914,7 @@ TABLE: dict[str, dict[str, Entry]] = {
         "kprior": test_a_kprior_without_memory_is_weight_decay_round_the_anchor,
         "fromp": "is equal to no other preset; test_oracles.py writes out its formula",
         "gradient_reconstruction": test_gradient_reconstruction_without_its_quadratic_is_a_kprior,
+        "recommended": test_recommended_is_gradient_reconstruction_where_tasks_are_of_one_size,
         "lwf": test_lwf_is_distillation_on_the_inputs_at_hand,
         "experience_replay": test_replay_of_everything_is_joint,
         "der": test_derpp_without_replay_is_der,
@@ -895,8 +927,8 @@ TABLE: dict[str, dict[str, Entry]] = {
         **{
             name: unbiased(name)
             for name in (
-                "kprior", "fromp", "gradient_reconstruction", "lwf", "experience_replay", "der",
-                "derpp", "joint",
+                "kprior", "fromp", "gradient_reconstruction", "recommended", "lwf",
+                "experience_replay", "der", "derpp", "joint",
             )
         },
     },

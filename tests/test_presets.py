@@ -25,6 +25,7 @@ TERMS: dict[str, tuple[dict[str, Any], set[type]]] = {
     "kprior": (MEMORY, {Regulariser, WeightTerm, MemoryTerm}),
     "fromp": (MEMORY, {KernelTerm}),
     "gradient_reconstruction": (MEMORY, {WeightTerm, MemoryTerm}),
+    "recommended": (MEMORY, {WeightTerm, MemoryTerm}),
     "lwf": ({}, {WeightTerm}),
     "experience_replay": (MEMORY, {MemoryTerm}),
     "der": (MEMORY, {MemoryTerm}),

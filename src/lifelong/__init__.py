@@ -172,6 +172,7 @@ __all__ = [
     "permuted",
     "prequential",
     "pseudo_data",
+    "recommended",
     "rehearse",
     "rotated",
     "sensitivities",

@@ -117,9 +117,11 @@ def _split_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
     return split_by_class(train, test, scenario=scenario, name="split-mnist")
 
 
-def _permuted_mnist(data_dir: Path | None, scenario: Scenario) -> TaskStream:
+def _permuted_mnist(
+    data_dir: Path | None, scenario: Scenario, *, num_tasks: int = 10, name: str = "permuted-mnist"
+) -> TaskStream:
     train, test = (load(find(_folder(data_dir), "mnist", s), split=s) for s in ("train", "test"))
-    return permuted(train, test, num_tasks=10, name="permuted-mnist")
+    return permuted(train, test, num_tasks=num_tasks, name=name)
 
 
 def _split_cifar_t(data_dir: Path | None, scenario: Scenario) -> TaskStream:
@@ -236,6 +238,18 @@ def _benchmarks() -> Iterable[Benchmark]:
                 MappingProxyType({"strength": 2.0, "score": "lambda"}),
             ),
         ),
+        needs_data=True,
+    )
+
+    # A stress test of many tasks: nothing published, one pass over each task.
+    yield Benchmark(
+        "permuted-mnist-50",
+        "MNIST, fifty tasks, the pixels of each in another order; MLP 784-100-100-10",
+        partial(_permuted_mnist, num_tasks=50, name="permuted-mnist-50"),
+        lambda outputs: mlp(784, 100, 100, outputs),
+        ("domain",),
+        Training(epochs=1, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle"),
+        200,
         needs_data=True,
     )
 

@@ -22,6 +22,7 @@ BenchmarkName = Literal[
     "split-digits",
     "split-mnist",
     "permuted-mnist",
+    "permuted-mnist-50",
     "split-cifar-t",
     "fromp-toy",
     "two-moons",

@@ -407,31 +407,25 @@ def _update(
     Gaussian labels.
     """
 
-    def value(u: Tensor) -> Tensor:
-        Vu = (V @ u.unsqueeze(2)).squeeze(2)
-        return 0.5 * (u * Vu).sum(1) + likelihood.nll(f - Vu, y)
-
-    def at(u: Tensor) -> tuple[Tensor, Tensor]:
-        inside = f - (V @ u.unsqueeze(2)).squeeze(2)
-        return likelihood.residual(inside, y), likelihood.hessian(inside)
-
-    u = torch.zeros_like(f)
-    r, H = at(u)
-    now = value(u)
+    u, inside, now = torch.zeros_like(f), f, likelihood.nll(f, y)
+    r, H = likelihood.residual(f, y), likelihood.hessian(f)
     for _ in range(_MAX_STEPS):
         step = _solve(_plus_identity(H @ V), (r - u).unsqueeze(2)).squeeze(2)
         for _ in range(_MAX_STEPS):
-            then = value(u + step)
-            worse = ~(then <= now + _ROUNDING * (1 + now.abs()))
-            if not bool(worse.any()):
+            there = u + step
+            shift = (V @ there.unsqueeze(2)).squeeze(2)
+            inside = f - shift
+            then = 0.5 * (there * shift).sum(1) + likelihood.nll(inside, y)
+            better = then <= now + _ROUNDING * (1 + now.abs())
+            if bool(better.all()):
                 break
-            step = torch.where(worse.unsqueeze(1), 0.5 * step, step)
-        u, now = u + step, then  # type: ignore[possibly-undefined]
-        r, H = at(u)
+            step = torch.where(better.unsqueeze(1), step, 0.5 * step)
+        u, now = there, then  # type: ignore[possibly-undefined]
+        r, H = likelihood.residual(inside, y), likelihood.hessian(inside)
         if bool(((r - u).abs() <= _TOLERANCE * (1 + r.abs())).all()):
             break
-    root = likelihood.hessian_factor(f - (V @ u.unsqueeze(2)).squeeze(2))
-    return u, H, root, -now - 0.5 * _plus_identity(V @ H).det().log()
+    evidence = -now - 0.5 * _plus_identity(V @ H).det().log()
+    return u, H, likelihood.hessian_factor(inside), evidence
 
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:

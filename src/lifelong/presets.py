@@ -318,31 +318,28 @@ def recommended(
 ) -> Prior:
     r"""What to take where nothing is known yet: ``gradient_reconstruction`` with nothing to tune.
 
-        c ½ <d, G d> + sum_memory (N_new / M) (½ KL(p* ‖ p) + ½ l(y, f))
+        c ½ <d, G d> + N_new / M sum_memory KL(p* ‖ p)   for each past task, at the newest weights.
 
-    Chosen by the tables of ``lifelong bench`` (docs/which-prior.md has them, and what was tried
-    in vain). Its parts, and why each is as it is:
+    Chosen by the tables of ``lifelong bench`` on held-out training data (docs/which-prior.md). Its
+    parts, and why each is as it is:
 
     - items drawn at random, as many of each class: scores that favour hard examples lose as soon as
-      an item has to stand for N / M of them;
-    - each keeps half of its soft label p*, which says what the model believed, and half of its true
-      one, from which an example that is not yet fitted goes on being learned. The slope of the
-      true labels at the anchor is therefore left in (gradient="anchored");
-    - G, of the examples that are not kept, sees to what a small memory does not: its strength c is
+      an item has to stand for many;
+    - soft labels, asked for again after each task: true labels, or half of each, were no better on
+      classes that keep coming and worse where all tasks share their outputs;
+    - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
       found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
-      examples of a task, so that a convolutional network's update costs seconds, not minutes;
-    - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): then a
-      large task leaves a small one room to be learned.
+      examples, so that a convolutional network's update costs seconds, not minutes;
+    - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): a large
+      task then leaves a small one room to be learned. Where all are of one size this is
+      ``gradient_reconstruction`` as it is by default, but for the estimate of G.
 
     memory: examples of each task, or bytes, or a fidelity (``budget``). structure: "kronecker" is
-    better where tasks share nothing (permuted pixels) and dearer (docs/curvature.md). Not exact in
-    the conjugate cases, which the defaults of ``gradient_reconstruction`` are.
+    dearer, and better where tasks share little (docs/curvature.md).
     """
     prior = gradient_reconstruction(
         likelihood,
         memory=memory,
-        blend=0.5,
-        gradient="anchored",
         structure=structure,
         estimator="mc",
         curvature_examples=10_000,

@@ -36,6 +36,7 @@ from .source import fingerprint
 from .table import Cell, Context, Method, Table, plain
 
 SAVE_EVERY = 30.0  # seconds
+_SECONDS = "seconds.json"
 LARGEST_KEPT = 600_000_000  # bytes of a stream
 
 
@@ -92,7 +93,10 @@ class StreamRun:
                 _first_task(learner, make_learner, stream[0], shared, context)
             matrix = _in_a_row(learner, stream, context)
         joint = method.preset == "joint"
-        return measured(learner, stream, matrix, untrained, jointly=joint)
+        found = measured(learner, stream, matrix, untrained, jointly=joint)
+        return (
+            found if joint else {**found, "step_seconds": _step_seconds(learner, stream, context)}
+        )
 
     def shared(self, table: Table, cell: Cell, context: Context) -> Path | None:
         """The first task's weights, which the first cell that needs them makes; None for a cell
@@ -282,6 +286,8 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
         return (sum(passed[:learned]) + part * sum(passed[learned : learned + 1])) / sum(passed)
 
     def on_epoch(progress: Any) -> None:
+        if progress.epoch == progress.epochs:
+            _add_seconds(context, progress.task, progress.seconds)
         context.report(done(progress.task, progress.epoch / progress.epochs))
 
     context.report(done(len(learner.accuracy)))
@@ -292,6 +298,22 @@ def _in_a_row(learner: Learner, stream: TaskStream, context: Context) -> Accurac
         ahead=learner.prior.recipe.reference is None,
         on_epoch=on_epoch,
     )
+
+
+def _add_seconds(context: Context, task: int, seconds: float) -> None:
+    """What training took of a task, on disk beside the checkpoint."""
+    path = context.folder / _SECONDS
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**found, str(task): seconds}))
+
+
+def _step_seconds(learner: Learner, stream: TaskStream, context: Context) -> list[float | None]:
+    """Of a step of training, by task: whether the past gets dearer as it grows. None for a first
+    task that was shared."""
+    path = context.folder / _SECONDS
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    steps = [learner.epochs_of(len(task)) * -(-len(task) // learner.batch_size) for task in stream]
+    return [found[str(t)] / n if str(t) in found else None for t, n in enumerate(steps)]
 
 
 def _first_task(

@@ -79,7 +79,7 @@ def image_cells(
     slot, gap = max(tall, 0.15 / unit), (0.08 if per_class else 0.12) / unit
     step = slot + lines * line + gap
     head = 0.18 / unit if per_class else 0.0
-    figure, ax = placed(ax, unit * (head + step * len(rows) - gap) + 0.46)
+    figure, ax = placed(ax, unit * (head + step * len(rows) - gap) + 0.54)
     text = {"fontsize": 6.0, "color": SOFT, "linespacing": 1.0, "parse_math": False}
     white = 255 if some.dtype == np.uint8 else 1
     for r, (name, index, most_here) in enumerate(rows):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arrays import Array, Numbers, integers, numbers
-from .style import COLOURS, INK, diverging, dress, placed
+from .style import COLOURS, INK, dress, placed, tints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def decision_regions(
     """The probability of class 1 of two over a grid, the boundary at 1/2, and what was learned.
 
     x: (W,) and y: (H,) increasing; probability: (H, W) in [0, 1], drawn from rust (class 0) over
-    white to navy (class 1). points: (N, 2) with their labels (N,), dots for class 0 and squares
+    white to blue (class 1). points: (N, 2) with their labels (N,), dots for class 0 and squares
     for class 1; marked: (M, 2), such as the memorable ones, ringed.
 
     Raises ValueError, too, for a grid that does not increase, probabilities outside of [0, 1], and
@@ -51,7 +51,7 @@ def decision_regions(
     rings = None if marked is None else numbers(marked, "marked", (None, 2))
 
     figure, ax = placed(ax, 3.2)
-    ax.contourf(x, y, p, np.linspace(0, 1, 11), cmap=diverging(), alpha=0.55, antialiased=True)
+    ax.contourf(x, y, p, np.linspace(0, 1, 11), cmap=tints())
     if p.min() < 0.5 < p.max():
         ax.contour(x, y, p, [0.5], colors=INK, linewidths=1.4)
     for group, colour, marker in zip(groups, (COLOURS[1], COLOURS[0]), "os"):

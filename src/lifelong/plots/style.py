@@ -111,3 +111,10 @@ def diverging() -> Colormap:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("lifelong_two_sided", (*_BELOW_ZERO, *RAMP[2:]))
+
+
+def tints() -> Colormap:
+    """From a tint of rust over white to one of blue: a ground on which points are still seen."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("lifelong_tints", ("#f2cdb6", "#ffffff", "#b5d3e6"))

@@ -20,7 +20,7 @@ from ...streams import TaskStream
 from ..streams import StreamRun, held_out, reduced
 from ..table import Context, Method, Table
 
-BASE = "gradient_reconstruction"
+BASE = "recommended"
 
 # name -> fields of the recipe
 PARTS: Mapping[str, Mapping[str, Any]] = {
@@ -33,6 +33,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "estimator: exact": {"estimator": "exact"},
     "estimator: mc": {"estimator": "mc"},
     "estimator: empirical": {"estimator": "empirical"},
+    "curvature of: all examples": {"curvature_examples": None},
+    "curvature of: 1,000 examples": {"curvature_examples": 1000},
     "memory in the curvature too": {"exclude_memory": False},
     "score: random": {"score": "random"},
     "score: lambda": {"score": "lambda"},
@@ -46,6 +48,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "labels: true": {"soft": 0.0, "hard": 1.0, "replay_fraction": 0.0},
     "weights: N/M": {"population": True},
     "weights: 1": {"population": False},
+    "tasks: by their size": {"equal_tasks": False},
+    "tasks: equal": {"equal_tasks": True},
     "strength: auto": {"strength": "auto"},
     "strength: 1": {"strength": 1.0},
 }
@@ -69,7 +73,7 @@ def methods(base: str = BASE) -> tuple[Method, ...]:
     )
 
 
-_OF_A_CURVATURE = ("estimator", "strength", "memory in the curvature too")
+_OF_A_CURVATURE = ("estimator", "curvature of", "strength", "memory in the curvature too")
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,9 @@ class Ablation(StreamRun):
         whole = replace(self, validation=0.0)
         stream = StreamRun.stream(whole, context)
         return held_out(reduced(stream, self.examples), self.validation)
+
+    def _key(self, training: Training, seed: int, context: Context) -> str:
+        return f"{super()._key(training, seed, context)}-{self.examples}"
 
     def prior_of(self, method: Method, memory: int, num_tasks: int) -> Prior:
         if method.preset != self.base:

@@ -32,11 +32,25 @@ SPLIT_DIGITS = Table(
 
 # Split MNIST --------------------------------------------------------------------------------------
 
-# Chosen for time alone, not by any accuracy.
-_SPLIT = Training(epochs=5, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle")
+# Chosen on a sixth of the training images, one seed: 40 of a task remembered and classes that keep
+# coming, 5 epochs gave 95.0 % and 10 gave 95.7 %; without distortions of any image 72.8 %.
+_SPLIT = Training(
+    epochs=10,
+    batch_size=128,
+    memory_batch_size=128,
+    lr=2e-3,
+    schedule="one-cycle",
+    augment="elastic",
+)
+_TUNED = "on a held-out fifth of the training images, one seed, undistorted: among {}"
 _FROMP_CODE = "FROMP, official README, one run"
 _SFSVI = "S-FSVI's released logs"
 _TUTORIAL = "van de Ven's tutorial, read off a figure"
+
+
+_KRONECKER = Method(
+    "gradient_reconstruction, kronecker", "gradient_reconstruction", {"structure": "kronecker"}
+)
 
 
 def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
@@ -56,13 +70,18 @@ def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
         Method("experience_replay", "experience_replay"),
         Method("derpp", "derpp"),
         Method("gradient_reconstruction", "gradient_reconstruction"),
+        _KRONECKER,
+        Method("recommended", "recommended"),
     )
 
 
 SPLIT_MNIST = Table(
     name="split-mnist",
     title="Split MNIST, task-incremental (one head for each two digits)",
-    methods=_baselines("split-mnist", _SPLIT),
+    methods=(
+        *_baselines("split-mnist", _SPLIT),
+        Method("ewc, tuned", "ewc", {"strength": 1e4}, tuned=_TUNED.format("1, 100, 1e4")),
+    ),
     memories=(40,),
     run=run_stream("split-mnist", "task", _SPLIT),
     published=(
@@ -74,41 +93,43 @@ SPLIT_MNIST = Table(
         Published("FRCL, trace", 40, 97.9, "X", "an unofficial reproduction"),
         Published("experience_replay", 40, 98.5, "X", "an unofficial reproduction of FRCL"),
     ),
-    goals=(Goal("gradient_reconstruction", 40, 99.6, why="S-FSVI 99.54, FROMP 99.3"),),
+    goals=(
+        Goal("recommended", 40, 99.6, why="S-FSVI 99.54, FROMP 99.3"),
+        Goal("recommended", 40, kind="first"),
+    ),
     needs_data=True,
     smoke={"memories": (4,)},
 )
 
-SPLIT_MNIST_CLASS_40 = Table(
-    name="split-mnist-class-40",
-    title="Split MNIST, class-incremental, 40 examples a task",
-    methods=_baselines("split-mnist", _SPLIT),
-    memories=(40,),
+SPLIT_MNIST_CLASS = Table(
+    name="split-mnist-class",
+    title="Split MNIST, class-incremental (40 a task is 20 a class; 200 is 100)",
+    methods=(
+        *_baselines("split-mnist", _SPLIT),
+        Method("derpp, tuned", "derpp", {"alpha": 1.0}, tuned=_TUNED.format("0.03, 0.1, 0.3, 1")),
+    ),
+    memories=(40, 200),
     run=run_stream("split-mnist", "class", _SPLIT),
     published=(
         Published("fromp", 40, 33.44, "X", _SFSVI),
         Published("S-FSVI", 40, 92.87, "X", _SFSVI),
-    ),
-    goals=(Goal("gradient_reconstruction", 40, 94.0, why="S-FSVI 92.87, FROMP 33.4"),),
-    needs_data=True,
-    smoke={"memories": (4,)},
-)
-
-SPLIT_MNIST_CLASS_200 = Table(
-    name="split-mnist-class-200",
-    title="Split MNIST, class-incremental, 200 examples a task (100 a class)",
-    methods=_baselines("split-mnist", _SPLIT),
-    memories=(200,),
-    run=run_stream("split-mnist", "class", _SPLIT),
-    published=(
         Published("fromp", 200, 77.5, "F", _TUTORIAL),
         Published("experience_replay", 200, 89.0, "F", _TUTORIAL),
         Published("ewc", 0, 20.0, "F", _TUTORIAL),
         Published("si", 0, 20.0, "F", _TUTORIAL),
         Published("joint", 0, 98.0, "F", _TUTORIAL),
     ),
-    goals=(Goal("gradient_reconstruction", 200, 96.0, why="replay 89, FROMP 77.5"),),
+    goals=(
+        Goal("recommended", 40, 94.0, why="S-FSVI 92.87, FROMP 33.4"),
+        Goal("recommended", 200, 96.0, why="replay 89, FROMP 77.5"),
+        Goal("recommended", 40, kind="first"),
+        Goal("recommended", 200, kind="first"),
+    ),
     needs_data=True,
+    note=(
+        "All rows learn distorted images (new and remembered ones), joint training too; the "
+        "published rows did not."
+    ),
     smoke={"memories": (4,)},
 )
 
@@ -136,17 +157,59 @@ PERMUTED_MNIST = Table(
         Published("experience_replay", 200, 90.8, "X", "an unofficial reproduction of FRCL"),
     ),
     goals=(
-        Goal("gradient_reconstruction", 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
-        Goal("gradient_reconstruction", 200, 1.2, "below", ("joint",)),
+        Goal("recommended", 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
+        Goal("recommended", 200, 1.2, "below", ("joint",)),
+        Goal("recommended", 200, kind="first"),
     ),
     needs_data=True,
+    smoke={"memories": (10,)},
+)
+
+# Stress -------------------------------------------------------------------------------------------
+
+
+def _stressed() -> tuple[Method, ...]:
+    return (
+        Method("finetune", "finetune"),
+        Method("joint", "joint"),
+        Method("online_ewc", "online_ewc", {"strength": "auto"}),
+        Method("experience_replay", "experience_replay"),
+        Method("gradient_reconstruction", "gradient_reconstruction"),
+        _KRONECKER,
+    )
+
+
+_STRESS = Training(epochs=1, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle")
+
+STRESS_PERMUTED = Table(
+    name="stress-permuted",
+    title="Permuted MNIST, fifty tasks, one pass over each",
+    methods=_stressed(),
+    memories=(200,),
+    run=run_stream("permuted-mnist-50", "domain", _STRESS),
+    seeds=1,
+    needs_data=True,
+    note="Does the accuracy collapse, does a step get dearer (`step_seconds` in the cells)?",
+    smoke={"memories": (10,)},
+)
+
+STRESS_MEMORY = Table(
+    name="stress-memory",
+    title="Permuted MNIST, ten tasks, large memories, one pass over each task",
+    methods=_stressed(),
+    memories=(1000, 10_000),
+    run=run_stream("permuted-mnist", "domain", _STRESS),
+    seeds=1,
+    needs_data=True,
+    note="Published gradient-reconstruction runs collapse at memories of this size.",
     smoke={"memories": (10,)},
 )
 
 TABLES: tuple[Table, ...] = (
     SPLIT_DIGITS,
     SPLIT_MNIST,
-    SPLIT_MNIST_CLASS_40,
-    SPLIT_MNIST_CLASS_200,
+    SPLIT_MNIST_CLASS,
     PERMUTED_MNIST,
+    STRESS_PERMUTED,
+    STRESS_MEMORY,
 )
