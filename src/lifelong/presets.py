@@ -263,6 +263,7 @@ def gradient_reconstruction(
     curvature_examples: int | None = None,
     equal_tasks: bool = False,
     total: bool = False,
+    ask: bool = False,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -278,6 +279,7 @@ def gradient_reconstruction(
     to G, which a diagonal carries badly, and it forgets more.
     equal_tasks: each task counts as much as the one at hand, whatever its size (see ``Recipe``).
     total: the memory is one for all tasks, drawn as in ``experience_replay``, not each task's.
+    ask: soft labels of augmented items are those of the old weights at the augmented input.
 
     Departs from the released code: exact curvature under the task's own head (there the empirical
     Fisher looks at the wrong outputs from task 2 on), sums instead of means, so no strength has to
@@ -308,6 +310,7 @@ def gradient_reconstruction(
         hard=hard,
         replay_fraction=fraction,
         divergence=KL(temperature),
+        ask=ask and soft > 0,
     )
     return _prior(likelihood, recipe, precision)
 
@@ -331,6 +334,9 @@ def recommended(
       an item has to stand for many;
     - soft labels, asked for again after each task: true labels, or half of each, were no better on
       classes that keep coming and worse where all tasks share their outputs;
+    - in training with augmentation, the soft label of a changed item is what the old weights say of
+      that very input (``Recipe.ask``): the label of the unchanged image is one that nobody believes
+      of the changed one, and so soft labels lost to true ones there;
     - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
       found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
       examples, so that a convolutional network's update costs seconds, not minutes;
@@ -350,6 +356,7 @@ def recommended(
         curvature_examples=10_000,
         equal_tasks=not total,
         total=total,
+        ask=True,
         precision=precision,
     )
     return replace(prior, recipe=replace(prior.recipe, name="recommended"))

@@ -72,8 +72,10 @@ def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
         Method("kprior", "kprior"),
         Method("fromp", "fromp", **published(benchmark, "fromp", training), tuned="published"),
         Method("fromp, our recipe", "fromp", training=whole),
-        Method("experience_replay", "experience_replay"),
-        Method("derpp", "derpp"),
+        Method("experience_replay", "experience_replay", {"total": False}),
+        Method("experience_replay, reservoir", "experience_replay", note=_RESERVOIR),
+        Method("derpp", "derpp", {"total": False}),
+        Method("derpp, reservoir", "derpp", note=_RESERVOIR),
         Method("gradient_reconstruction", "gradient_reconstruction"),
         _KRONECKER,
         Method("recommended", "recommended"),
@@ -192,10 +194,10 @@ def _stressed() -> tuple[Method, ...]:
         Method("finetune", "finetune"),
         Method("joint", "joint"),
         Method("online_ewc", "online_ewc", {"strength": "auto"}),
-        Method("experience_replay", "experience_replay"),
-        Method("recommended", "recommended"),
+        Method("experience_replay", "experience_replay", {"total": False}),
         Method("gradient_reconstruction", "gradient_reconstruction"),
         _KRONECKER,
+        Method("recommended", "recommended"),
     )
 
 
