@@ -215,7 +215,8 @@ def animals(record: Path, data: Path, memory: int = 6, seed: int = 0) -> Figure:
         [[np.stack(of[c]) for c in task] for task in tasks],
         [[of_classes["names"][c].replace("_", " ").lower() for c in task] for task in tasks],
         title="39 animals, three at a time, each photo seen once",
-        note="a linear head on frozen features; lifelong: gradient reconstruction with Kronecker curvature",
+        note="a linear head on frozen features; "
+        "lifelong: gradient reconstruction with Kronecker curvature",
     )
 
 
