@@ -98,6 +98,10 @@ class Recipe:
         soft, hard: how much an item counts by its soft and by its true label.
         replay_fraction: this part of the new items is kept by its true label alone.
         divergence: of soft labels. refresh: ask the model again after each task.
+        ask: in training with augmentation, the soft label of a changed input is what the weights
+            theta* say of that very input, one more forward pass without gradient; so the term is
+            0 and flat at theta* there too. False: it is that of the unchanged input. Buffers
+            (running statistics) are the model's own of that moment.
         kernel: "gp" (FROMP) or "identity" (FROMP-L2) couples the means of the outputs instead.
         kernel_precision, jitter: delta of FROMP's covariance, and what is added to K.
 
@@ -134,6 +138,7 @@ class Recipe:
     replay_fraction: float = 0.0
     divergence: Divergence = field(default_factory=KL)
     refresh: bool = True
+    ask: bool = False
     kernel: Kernel | None = None
     kernel_precision: float = 1e-3
     jitter: float = 1e-6
@@ -179,6 +184,11 @@ class Recipe:
                 "cannot; use random, lambda or residual"
             )
 
+        if self.ask and (not self.refresh or self.kernel or self.compact):
+            raise ValueError(
+                "ask asks the newest weights about augmented inputs: expected refresh=True, and no "
+                "kernel or compact, whose beliefs are of one input each"
+            )
         if self.compact_iterations < 1:
             raise ValueError(
                 f"compact_iterations must be at least 1, got {self.compact_iterations}"

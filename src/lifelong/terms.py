@@ -245,7 +245,7 @@ class WeightTerm:
         if self.gradient is not None:
             constant = constant + sum(_dot(x, self.gradient[n]) for n, x in d.items())
         anchor = {n: p.clone() for n, p in params.items()}
-        return Near(anchor, slope, self._diagonal, constant=0.5 * constant)
+        return Near(anchor, slope, self._diagonal, constant=0.5 * constant, origin=self.anchor)
 
     @cached_property
     def _diagonal(self) -> Diagonal | None:
@@ -283,10 +283,11 @@ class WeightTerm:
 class Near(WeightTerm):
     """What ``WeightTerm.near`` gives: for some steps of training, not to be kept.
 
-    constant: the value of the whole term at its anchor.
+    constant: the value of the whole term at its anchor; origin: the whole term's anchor.
     """
 
     constant: Tensor | float = 0.0
+    origin: Params | None = None
 
     def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
         return super().value(params, parts) + self.constant
@@ -354,9 +355,15 @@ class MemoryTerm:
     def draw(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
         return self.memory.sample(n, generator)
 
-    def value(self, f: Tensor, drawn: Memory | Sample, likelihood: Likelihood) -> Tensor:
-        """f (B, C): outputs at the drawn inputs."""
-        reference = drawn.reference.to(f.dtype)
+    def value(
+        self,
+        f: Tensor,
+        drawn: Memory | Sample,
+        likelihood: Likelihood,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """f (B, C): outputs at the drawn inputs; reference (B, C): f*, the stored ones for None."""
+        reference = (drawn.reference if reference is None else reference).to(f.dtype)
         table = self.memory.head_masks
         if table is not None:
             mask = table[drawn.head]
