@@ -338,11 +338,12 @@ def recommended(
       that very input (``Recipe.ask``): the label of the unchanged image is one that nobody believes
       of the changed one, and so soft labels lost to true ones there;
     - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
-      found for each task (``lifelong.strength``). One drawn label for each of at most 10,000
-      examples, so that a convolutional network's update costs seconds, not minutes;
+      found for each task (``lifelong.strength``). It is exact, over at most 2,000 examples of a
+      task, so that a convolutional network's update costs a minute, not an hour; labels drawn from
+      the model are cheaper still, and too noisy for a task of a hundred examples;
     - past tasks count as much as the one at hand, whatever their sizes (``equal_tasks``): a large
       task then leaves a small one room to be learned. Where all are of one size this is
-      ``gradient_reconstruction`` as it is by default, but for the estimate of G.
+      ``gradient_reconstruction`` as it is by default, but for the sample that G is of.
 
     memory: examples of each task, or bytes, or a fidelity (``budget``). structure: "kronecker" is
     dearer, and better where tasks share little (docs/curvature.md). total: one memory for all
@@ -352,8 +353,7 @@ def recommended(
         likelihood,
         memory=memory,
         structure=structure,
-        estimator="mc",
-        curvature_examples=10_000,
+        curvature_examples=2_000,
         equal_tasks=not total,
         total=total,
         ask=True,
