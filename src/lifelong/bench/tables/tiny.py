@@ -53,7 +53,7 @@ SPLIT_TINY_IMAGENET = Table(
         Method(
             _OURS,
             "gradient_reconstruction",
-            _SAMPLED,
+            {**_SAMPLED, "ask": True},
             note="tasks are of one size, so it is recommended() but for how many images G reads",
         ),
         Method("recommended", "recommended", note="G of all 4000 images: twice the time"),
