@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -32,23 +33,24 @@ def draw(record: Path) -> Figure:
     for ax, (told, title) in zip(axes, PANELS.items(), strict=True):
         handles, names = [], []
         for i, (method, name) in enumerate(LINES.items()):
-            curves = curves_of(record, method + told)
-            if not curves:
+            found = results(record, method + told)
+            if not found:
                 continue
-            mean = 100 * np.mean(curves, axis=0)
+            mean = 100 * np.mean([result["curve"] for result in found], axis=0)
+            whole = 100 * np.mean([result["accuracy"] for result in found])
             days = (np.arange(len(mean)) + 0.5) * window / 48
             handles += ax.plot(days, mean, color=COLOURS[i], linestyle=DASHES[i], linewidth=1.3)
-            names.append(f"{name}, {mean.mean():.1f}")
+            names.append(f"{name}, {whole:.1f}")
         y_name = "" if told else "accuracy of three weeks (%)"
         dress(ax, title, "days", y_name, "each row predicted, then learned")
         add_legend(ax, handles, names)
     return figure
 
 
-def curves_of(record: Path, method: str) -> list[list[float]]:
+def results(record: Path, method: str) -> list[dict[str, Any]]:
     """Of each seed."""
     cells = [json.loads(p.read_text()) for p in sorted((record / "cells").glob("*.json"))]
-    return [c["result"]["curve"] for c in cells if c["method"] == method and c["result"]]
+    return [c["result"] for c in cells if c["method"] == method and c["result"]]
 
 
 def main() -> None:

@@ -93,7 +93,8 @@ def test_the_first_tenth_chooses(
         made.append(say)
         return Always(say)
 
-    monkeypatch.setitem(elec2._LEARNERS, "always", always)  # type: ignore[arg-type]
+    monkeypatch.setitem(elec2._RIVERS, "always", always)  # type: ignore[arg-type]
+    monkeypatch.setattr(elec2, "version", lambda package: f"{package} 1.0")
     method = Method("always", "always", {"past_labels": True, "grid": {"say": (0.0, 1.0)}})
     table = replace(ELEC2, methods=(method,), goals=())
     context = Context(cache=tmp_path, folder=tmp_path, data=data)
@@ -104,6 +105,7 @@ def test_the_first_tenth_chooses(
     assert [t["accuracy"] for t in result["tried"]] == shares
     assert result["options"] == {"say": best}
     assert made == [0.0, 1.0, best]
+    assert result["river"] == "river 1.0"
     assert sum(lengths) == 12 + 12 + 120
     assert result["accuracy"] == pytest.approx(float((labels == best).double().mean()))
     rest = float((labels[12:] == best).double().mean())
@@ -138,12 +140,12 @@ def test_river(name: str, data: Path, tmp_path: Path) -> None:
 
 def test_picture(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from benchmarks.elec2_picture import curves_of, draw
+    from benchmarks.elec2_picture import draw, results
 
     execute(ELEC2, tmp_path / "out", data=data, jobs=0, smoke=True)
-    (curve,) = curves_of(tmp_path / "out", "Laplace filter")
+    (result,) = results(tmp_path / "out", "Laplace filter")
     figure = draw(tmp_path / "out")
     left, right = figure.axes
     assert [len(ax.lines) for ax in (left, right)] == [1, 1]  # river is not in the smoke version
-    assert list(left.lines[0].get_ydata()) == [100 * accuracy for accuracy in curve]
+    assert list(left.lines[0].get_ydata()) == [100 * a for a in result["curve"]]
     figure.savefig(tmp_path / "out.png")

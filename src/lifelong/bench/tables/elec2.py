@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from itertools import product
 from typing import Any, Self
 
@@ -113,7 +114,7 @@ class Skip(nn.Module):
         return self.outer(torch.cat([x, torch.tanh(self.inner(x))], dim=-1))
 
 
-_LEARNERS: Mapping[str, Callable[..., RowLearner]] = {
+_RIVERS: Mapping[str, Callable[..., RowLearner]] = {
     "logistic_regression": _logistic,
     "hoeffding_adaptive_tree": _hoeffding,
     "adaptive_random_forest": _forest,
@@ -156,6 +157,7 @@ class PrequentialRun:
         return {
             **_measured(said, first),
             "curve": said.curve(min(self.window, len(labels))).tolist(),
+            "river": version("river") if method.preset in _RIVERS else None,
             "options": options,
             "tried": tried,
             "seconds": seconds,
@@ -183,7 +185,7 @@ class PrequentialRun:
             return NoChange()
         if preset == "laplace_filter":
             return _ours(seed, num_inputs=inputs.shape[1], **options)
-        return _LEARNERS[preset](seed, **options)
+        return _RIVERS[preset](seed, **options)
 
 
 def _measured(said: Prequential, first: int) -> dict[str, Any]:
