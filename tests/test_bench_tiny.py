@@ -20,7 +20,7 @@ def test_the_goal_is_of_recommended_but_for_the_sample() -> None:
     (goal,) = TABLE.goals
     prior = RUN.prior_of(TABLE.method(goal.method), goal.memory, 10)
     recommended = PRESETS["recommended"](Categorical(), memory=goal.memory)
-    same = {"name": "", "curvature_examples": None, "equal_tasks": False}
+    same = {"name": "", "curvature_examples": None, "equal_tasks": False, "estimator": "mc"}
     assert replace(prior.recipe, **same) == replace(recommended.recipe, **same)
     assert prior.terms == recommended.terms
 

@@ -21,7 +21,7 @@ _SAMPLED: dict[str, Any] = {"estimator": "mc", "curvature_examples": 1000}
 # 30, 20, 15, 15, 10, 10. Here it is one number for all of them, the middle of those.
 _EWC: dict[str, Any] = {"strength": 20.0, **_SAMPLED}
 _MEDIAN = "the median of the nine published strengths, one for each task"
-_OURS = "recommended, G of 1000 images"
+_OURS = "recommended, drawn labels"
 
 
 def _reconstruction(name: str, *, weight: bool, replay: float) -> Method:
@@ -54,9 +54,9 @@ SPLIT_TINY_IMAGENET = Table(
             _OURS,
             "gradient_reconstruction",
             {**_SAMPLED, "ask": True},
-            note="tasks are of one size, so it is recommended() but for how many images G reads",
+            note="tasks are of one size, so it is recommended() but for how G is estimated",
         ),
-        Method("recommended", "recommended", note="G of all 4000 images: twice the time"),
+        Method("recommended", "recommended", note="exact G of 2000 images: several times the time"),
     ),
     memories=(100, 50, 200, 500),  # the goal's first
     run=run_stream("split-tiny-imagenet", "task", _TRAINING, smoke_tasks=2, smoke_examples=8),
