@@ -335,8 +335,8 @@ def recommended(
     - soft labels, asked for again after each task: true labels, or half of each, were no better on
       classes that keep coming and worse where all tasks share their outputs;
     - in training with augmentation, the soft label of a changed item is what the old weights say of
-      that very input (``Recipe.ask``): the label of the unchanged image is one that nobody believes
-      of the changed one, and so soft labels lost to true ones there;
+      that very input (``Recipe.ask``), so that the term is still flat there. What it brings on
+      digits is small: from -0.1 to +0.4 points in single runs;
     - G, of the examples that are not kept, sees to what a small memory does not. Its strength c is
       found for each task (``lifelong.strength``). It is exact, over at most 2,000 examples of a
       task, so that a convolutional network's update costs a minute, not an hour; labels drawn from
