@@ -26,6 +26,7 @@ SPLIT_DIGITS = Table(
         Method("experience_replay", "experience_replay"),
         Method("derpp", "derpp"),
         Method("gradient_reconstruction", "gradient_reconstruction"),
+        Method("recommended", "recommended"),
     ),
     memories=(20,),
     run=run_stream("split-digits", "class", _DIGITS),
