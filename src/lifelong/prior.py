@@ -226,8 +226,8 @@ class Prior:
 
     def num_drawn(self, batch_size: int | None = None) -> int:
         """Remembered examples that one value reads, with ``batch_size`` drawn from each memory."""
-        memories = [term.memory for term in self.terms if isinstance(term, _IN_MEMORY)]
-        return sum(len(m) if batch_size is None else min(len(m), batch_size) for m in memories)
+        held = [term for term in self.terms if isinstance(term, _IN_MEMORY)]
+        return sum(term.num_drawn(batch_size) for term in held)
 
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
@@ -316,10 +316,13 @@ class Prior:
                 f"cannot add a prior of {self.likelihood} to one of {other.likelihood}: "
                 "the same outputs must mean the same"
             )
+        if self.task_size and other.task_size:  # each task then counts for as many examples
+            other = other._equal_tasks(self.task_size)
         curvatures = [c for c in (self.curvature, other.curvature) if c is not None]
         known = bool(self.strengths or other.strengths)
         return replace(
             self,
+            task_size=self.task_size or other.task_size,
             terms=self.terms + tuple(_later(term, self.num_tasks) for term in other.terms),
             curvature=sum(curvatures[1:], start=curvatures[0]) if curvatures else None,
             num_data=self.num_data + other.num_data,
@@ -480,6 +483,13 @@ class Prior:
         whatever raises leaves this prior as it was. Raises as ``update``.
         """
         recipe, head = self.recipe, head_of(data, head)
+        if any(isinstance(term, Near) for term in self.terms):
+            raise ValueError(
+                "this is a prior for a few steps of training (Prior.near), which knows no more of "
+                "G than its diagonal; update the prior that it was made of"
+            )
+        if groups is not None:  # what they take out again is theirs, not a sample's
+            recipe = replace(recipe, curvature_examples=None)
         require_repeatable(data)
         self._require_anchor(model)
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
@@ -631,7 +641,9 @@ class Prior:
         return replace(self, terms=terms, curvature=curvature, beliefs=beliefs)
 
     def _equal_tasks(self, size: int) -> Prior:
-        """Each past task counts for ``size`` examples."""
+        """Each past task counts for ``size`` examples; for what it did where there are none."""
+        if size == 0:
+            return self
         if self.task_size in (0, size):
             return replace(self, task_size=size)
         return replace(self._believed(size / self.task_size), task_size=size)

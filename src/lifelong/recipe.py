@@ -71,8 +71,9 @@ class Recipe:
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
         curvature_examples: how many examples of a task are read for its G and for a strength of
             "auto": that many of those not kept, drawn at random, each for N / n of them. Unbiased,
-            and what G costs no longer grows with the task. None reads all. ``forget`` takes an
-            example out with its own curvature all the same, right on average.
+            and what G costs no longer grows with the task. None reads all, as a task with
+            ``groups`` does, whose shares must add up. ``forget`` takes an example out with its
+            own curvature all the same, right on average.
         equal_tasks: each past task counts as much as the one at hand, as if it had had as many
             examples: where N_s of a task come before N of a new one, all of its terms are
             multiplied by N / N_s (``Prior.beliefs`` tells). Bayes' rule counts examples, so that a
