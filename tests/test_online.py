@@ -281,7 +281,7 @@ class TestUse:
         x = torch.randn(600, 3, generator=generator)
         y = (x[:, 0] > 0).long()
         y[300:] = 1 - y[300:]
-        learner = LaplaceFilter.of(linear(), Bernoulli(), discounts=[1, 0.9])
+        learner = LaplaceFilter.of(linear(), Bernoulli(), discounts=[1, 0.99])
         learner = learner.learn(x[:300], y[:300])
         assert float(learner.weights[0]) > 0.5
         learner = learner.learn(x[300:400], y[300:400])
