@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def moved(image: Tensor, down: int, right: int, mirror: bool) -> Tensor:
 def test_each_image_is_one_of_the_moves_of_itself(shape, seed, name):
     x = images(shape, seed)
     part, mirrors = {"crop-flip": (8, (False, True)), "shift": (14, (False,))}[name]
-    down, right = shape[2] // part, shape[3] // part
+    down, right = (max(side // part, int(side > 1)) for side in shape[2:])
     got = AUGMENTATIONS[name](x, torch.Generator().manual_seed(seed))
     assert isinstance(got, Tensor)
     assert (got.shape, got.dtype) == (x.shape, x.dtype)
@@ -202,3 +203,95 @@ def test_a_learner_augments_what_it_trains_on(preset):
         weights.append(learner.model[1].weight.detach().clone())
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])
+
+
+def turned(x: Any) -> Any:
+    return torch.as_tensor(x).flip(3)
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_the_anchor_is_asked_about_the_changed_input(renewed: bool):
+    """D(f*(T x), f(T x)) with f* of the anchor, whose stored answers at x take no part."""
+    model, data = network(), task().train
+    prior = lifelong.gradient_reconstruction(
+        Categorical(), memory=6, ask=True, structure="kronecker", strength=2.0
+    )
+    prior = prior.update(model, data)
+    memory, trained = prior.memory, network(1)
+    assert memory is not None
+    near = prior.near(trained) if renewed else prior
+    got = near.loss(trained, data.inputs, data.labels, num_data=24, augment=turned)
+    nll = nn.functional.cross_entropy(trained(turned(data.inputs)), data.labels)
+    changed = turned(memory.inputs)
+    distance = KL()(Categorical(), model(changed).detach(), trained(changed))
+    past = prior.weight_space(trained) + torch.dot(memory.soft_weight, distance)
+    assert torch.allclose(got, nll + past / 24, rtol=1e-5)
+
+
+def test_a_prior_that_asks_is_zero_and_flat_at_the_anchor_under_augmentation():
+    model, data = network().double(), task().train
+    inputs = torch.as_tensor(data.inputs).double()
+    slopes = {}
+    for ask in (True, False):
+        prior = lifelong.gradient_reconstruction(Categorical(), memory=6, ask=ask, strength=1.0)
+        prior = prior.update(model, (inputs, data.labels))
+        loss = prior.loss(model, inputs, data.labels, num_data=24, augment=turned)
+        plain = nn.functional.cross_entropy(model(turned(inputs)), data.labels)
+        slope = torch.autograd.grad(loss - plain, list(model.parameters()))
+        slopes[ask] = abs((loss - plain).item()), max(float(g.abs().max()) for g in slope)
+    assert max(slopes[True]) < 1e-14
+    assert min(slopes[False]) > 1e-4
+
+
+def test_who_has_no_one_anchor_or_no_soft_label_is_not_asked():
+    model, data = network(), task().train
+    asking = lifelong.gradient_reconstruction(Categorical(), memory=6, ask=True, strength=1.0)
+    prior, plain = (
+        replace(asking, recipe=replace(asking.recipe, ask=ask)).update(
+            model, data, generator=torch.Generator().manual_seed(0)
+        )
+        for ask in (True, False)
+    )
+    loss = {"num_data": 24, "augment": turned}
+    trained = network(1)
+    for a, b in [(prior + prior, plain + plain), (strip(prior), strip(plain))]:
+        values = [p.loss(trained, data.inputs, data.labels, **loss) for p in (a, b)]
+        assert torch.equal(*values)
+
+
+def strip(prior: Any) -> Any:
+    """Every item by its true label."""
+    terms = (
+        replace(t, memory=t.memory.weighted(0.0, 1.0)) if hasattr(t, "memory") else t
+        for t in prior.terms
+    )
+    return replace(prior, terms=tuple(terms))
+
+
+def test_a_class_that_did_not_exist_stays_impossible_when_the_anchor_is_asked():
+    model, data = network(), task().train
+    prior = lifelong.gradient_reconstruction(Categorical(), memory=6, ask=True, strength=1.0)
+    prior = prior.update(model, data)
+    wide = nn.Sequential(*list(network())[:3], nn.Linear(8, 5))
+    prior = prior.grow(wide)
+    memory = prior.memory
+    assert memory is not None
+    assert memory.reference.shape[1] == 5
+    zero = torch.zeros(24, dtype=torch.int64)
+    got = prior.loss(wide, data.inputs, zero, num_data=24, augment=turned)
+    old = nn.Sequential(*list(network())[:3], nn.Linear(8, 5))
+    assert prior.weight is not None
+    old.load_state_dict(prior.weight.anchor)
+    changed = turned(memory.inputs)
+    reference = torch.where(memory.reference <= -1e4, memory.reference, old(changed).detach())
+    distance = KL()(Categorical(), reference, wide(changed))
+    nll = nn.functional.cross_entropy(wide(turned(data.inputs)), zero)
+    past = prior.weight_space(wide) + torch.dot(memory.soft_weight, distance)
+    assert torch.allclose(got, nll + past / 24, rtol=1e-5)
+    assert bool((reference[:, 4] == -1e4).all())
+
+
+@pytest.mark.parametrize("wrong", [{"refresh": False}, {"kernel": "gp"}, {"compact": "em"}])
+def test_beliefs_of_one_input_each_cannot_be_asked_for_others(wrong: Any):
+    with pytest.raises(ValueError, match="ask asks the newest weights"):
+        lifelong.Recipe(ask=True, memory=4, **wrong)

@@ -356,6 +356,7 @@ def test_a_failure_is_told(command: Command, tmp_path: Path) -> None:
         (["tyo"], "no table 'tyo'; did you mean 'toy'?"),
         (["toy", "--methods", "pln"], "did you mean 'plain'?"),
         (["breaks"], "give --data DIR"),
+        (["breaks", "--data", "nowhere"], "nowhere is no folder"),
         (["toy", "--seeds", "0"], "seeds must be at least 1"),
         (["toy", "--jobs", "-1"], "jobs must be at least 0"),
         (["toy", "--memories", "0"], "memories must be at least 1"),

@@ -118,3 +118,61 @@ def test_the_learner_prepares():
 def test_terms_must_be_of_one_task_each(changes):
     with pytest.raises(ValueError, match="equal tasks need terms that are each of one task"):
         Recipe(equal_tasks=True, memory=3, **changes)
+
+
+def test_the_sum_of_two_priors_counts_the_tasks_of_both_alike():
+    """Whatever size each had been brought to before."""
+    recipe = {"equal_tasks": True, **EVERY}
+    one, other = learned([20], **recipe), learned([8], **recipe)
+    model, new = changed(), task(10, 9)
+    both = (one + other).prepare(model, new)
+    apart = one.prepare(model, new)(model) + other.prepare(model, new)(model)
+    assert torch.allclose(both(model), apart, rtol=1e-12)
+    assert (Prior(Categorical(), one.recipe) + other).task_size == 8
+
+
+def test_no_examples_change_nothing():
+    prior = learned([20], equal_tasks=True, **EVERY)
+    assert prior.prepare(net(), task(20)[:0]) is prior
+
+
+def test_a_few_examples_that_are_added_are_no_task_beside_the_others():
+    learner = Learner(net(), Prior(Categorical(), Recipe(equal_tasks=True, **EVERY)))
+    learner.learn(Task(0, "first", task(20)))
+    learner.add(task(3, 1), max_iterations=2)
+    assert learner.prior.beliefs == (1.0, 1.0)
+    assert learner.prior.recipe.equal_tasks
+
+
+def test_groups_of_a_sampled_task_add_up_to_its_curvature():
+    prior = Prior(Categorical(), Recipe(structure="diagonal", curvature_examples=5))
+    groups = torch.arange(20) % 4
+    prior = prior.update(net(), task(20), groups=groups)
+    left = prior.forget(net(), groups=[0, 1, 2, 3]).weight
+    assert (
+        left is None
+        or left.curvature is None
+        or all(v.abs().max() < 1e-9 for v in left.curvature.diagonal().values())
+    )
+
+
+def test_a_prior_for_a_few_steps_scales_and_is_not_kept(tmp_path):
+    prior = lifelong.online_laplace(Categorical(), structure="kronecker").update(net(), task(20))
+    model = changed()
+    near = prior.near(model)
+    assert torch.allclose((0.5 * near)(model), 0.5 * prior(model), rtol=1e-9)
+    with pytest.raises(TypeError, match="not to be kept"):
+        near.state_dict()
+    with pytest.raises(ValueError, match="update the prior that it was made of"):
+        near.update(model, task(20))
+
+
+@pytest.mark.parametrize("batch_size", [None, 4, 10, 15, 30])
+def test_examples_drawn_are_counted_as_they_are_drawn(batch_size):
+    """Kernels draw whole tasks."""
+    for make in (lifelong.fromp, lifelong.kprior):
+        prior = make(Categorical(), memory=8)
+        for t in range(3):
+            prior = prior.update(net(), task(20, t))
+        drawn = prior._draw(batch_size, torch.Generator())
+        assert prior.num_drawn(batch_size) == sum(len(d.inputs) for _, d in drawn)

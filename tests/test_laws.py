@@ -360,7 +360,7 @@ def test_recommended_is_gradient_reconstruction_where_tasks_are_of_one_size() ->
         make(case.likelihood, memory=6, precision=0.2)
         for make in (
             lifelong.recommended,
-            partial(lifelong.gradient_reconstruction, estimator="mc", curvature_examples=10_000),
+            partial(lifelong.gradient_reconstruction, curvature_examples=2_000),
         )
     )
     values = []

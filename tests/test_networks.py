@@ -9,7 +9,7 @@ from torch import nn
 import lifelong
 from lifelong import Categorical, Examples
 from lifelong.curvature import diagonal_curvature, kronecker_curvature
-from lifelong.networks import CIFAR, Pixels, cifarnet, mlp, small_vgg
+from lifelong.networks import CIFAR, Pixels, cifarnet, mlp, small_vgg, strided_vgg
 
 
 def count(model: nn.Module) -> int:
@@ -28,6 +28,13 @@ def test_sizes_are_the_published_ones() -> None:
     expected = sum(9 * i * o + o for i, o in convolutions) + sum(i * o + o for i, o in linear)
     assert count(small_vgg(200)) == expected
     assert small_vgg(200)(torch.zeros(2, 3, 64, 64)).shape == (2, 200)
+
+
+def test_the_strided_vgg_has_the_widths_at_half_the_resolution() -> None:
+    convolutions = [(3, 32), (32, 64), (64, 128), (128, 256)]
+    expected = sum(9 * i * o + o for i, o in convolutions) + 4097 * 512 + 513 * 200
+    assert count(strided_vgg(200)) == expected
+    assert strided_vgg(200)(torch.zeros(2, 3, 64, 64)).shape == (2, 200)
 
 
 @pytest.mark.parametrize("make", [cifarnet, small_vgg])

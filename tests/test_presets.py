@@ -165,3 +165,12 @@ def test_the_default_strength_of_fromp_is_tau_one() -> None:
             model.weight += 0.1 * torch.randn(2, 3)
         default, bayes = (prior(model).detach() for prior in priors)
         torch.testing.assert_close(default, bayes * sum(sizes[:count]) / count)
+
+
+@pytest.mark.parametrize("preset", [lifelong.gradient_reconstruction, lifelong.recommended])
+def test_one_memory_for_all_tasks_stands_for_all_that_is_not_in_the_curvature(preset):
+    """Items that leave are stood for by those that stay: as many examples as there were."""
+    prior = after(preset(Categorical(), memory=8, total=True), net(), times=3)
+    assert prior.memory is not None
+    assert len(prior.memory) == 8
+    assert float(prior.memory.soft_weight.sum()) == pytest.approx(3 * len(DATA), rel=1e-6)

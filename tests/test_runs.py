@@ -245,6 +245,35 @@ def test_split_cifar_t_is_cifar_and_the_first_fifty_tiny_classes(tmp_path: Path)
             assert torch.equal(x[:, 0, 7, 9].long(), red)
 
 
+def test_split_tiny_imagenet_deals_classes_in_the_order_of_its_list(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from noise import images
+
+    def write(part: str) -> None:
+        path = tmp_path / f"tiny_imagenet-{part}.parquet"
+        images(path, (64, 64, 3), classes=40, count=40, names=[f"n{i} a, b" for i in range(40)])
+
+    write("train-part0")
+    write("val")
+    make = benchmark("split-tiny-imagenet").make_stream
+    with pytest.raises(FileNotFoundError, match=r"no tiny_imagenet-wnids.txt in"):
+        make(tmp_path, "task")
+    listed = tmp_path / "tiny_imagenet-wnids.txt"
+    order = [(7 * i + 3) % 40 for i in range(40)]
+    listed.write_text("\n".join(f"n{i}" for i in order))
+    stream = make(tmp_path, "task")
+    assert [task.head for task in stream] == [tuple(order[:20]), tuple(order[20:])]
+    for task in stream:
+        assert task.test is not None
+        assert task.head is not None
+        x = torch.as_tensor(task.train.inputs)
+        assert (x.shape, x.dtype) == ((20, 3, 64, 64), torch.uint8)
+        assert set(task.train.labels.tolist()) == set(task.test.labels.tolist()) == set(task.head)
+    listed.write_text("n1\nn2\n")
+    with pytest.raises(ValueError, match="lists 2 classes and the images have the names of 40"):
+        make(tmp_path, "task")
+
+
 # Files --------------------------------------------------------------------------------------------
 
 

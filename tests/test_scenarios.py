@@ -237,7 +237,10 @@ def test_new_and_frozen_parameters_follow_by_transfer():
 
 # ------------------------------------------------------------------ all presets, all likelihoods
 
-MEMORY = {"kprior", "fromp", "gradient_reconstruction", "experience_replay", "der", "derpp"}
+MEMORY = {
+    "kprior", "fromp", "gradient_reconstruction", "recommended",
+    "experience_replay", "der", "derpp",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])

@@ -5,7 +5,8 @@ comes from outside of an image is 0 (black in uint8 and in [0, 1]). No image is 
 itself: crops and shifts are one gather for a batch, elastic distortions one resampling.
 
 Augmentation is for training alone. Curvature, soft labels and scores are of the images as they are;
-a remembered image that is changed keeps the soft label of the unchanged one.
+a remembered image that is changed keeps the soft label of the unchanged one, unless the recipe asks
+the old weights about it (``Recipe.ask``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def crop_flip(inputs: Inputs, generator: torch.Generator | None = None) -> Input
     ``shift``.
     """
     x = _images(inputs)
-    return _moved(x, (x.shape[2] // 8, x.shape[3] // 8), True, generator)
+    return _moved(x, (_part(x.shape[2], 8), _part(x.shape[3], 8)), True, generator)
 
 
 def shift(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
@@ -39,7 +40,7 @@ def shift(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
     inputs: images (B, C, H, W). Raises ValueError for inputs of another shape.
     """
     x = _images(inputs)
-    return _moved(x, (x.shape[2] // 14, x.shape[3] // 14), False, generator)
+    return _moved(x, (_part(x.shape[2], 14), _part(x.shape[3], 14)), False, generator)
 
 
 def elastic(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
@@ -75,6 +76,11 @@ def elastic(inputs: Inputs, generator: torch.Generator | None = None) -> Inputs:
 AUGMENTATIONS: Mapping[str, Augment] = MappingProxyType(
     {"crop-flip": crop_flip, "shift": shift, "elastic": elastic}
 )
+
+
+def _part(side: int, n: int) -> int:
+    """A side's n-th part in whole pixels, at least one where there are two to move between."""
+    return max(side // n, 1 if side > 1 else 0)
 
 
 def _images(inputs: Inputs) -> Tensor:

@@ -24,6 +24,7 @@ BenchmarkName = Literal[
     "permuted-mnist",
     "permuted-mnist-50",
     "split-cifar-t",
+    "split-tiny-imagenet",
     "fromp-toy",
     "two-moons",
 ]

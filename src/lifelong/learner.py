@@ -70,9 +70,10 @@ class Learner:
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
     renew: steps after which a curvature that is more than a diagonal is multiplied with the weights
-    again (``Prior.near``); 1 does so in every step. augment: changes inputs in training, new and
-    remembered (``lifelong.augment``). min_steps: a task that makes fewer in ``epochs`` passes gets
-    more of them.
+    again (``Prior.near``): 4 is cheaper, and stable only where a step is below about a quarter of
+    the largest stable one (as Adam's usual ones are); 1 does so in every step.
+    augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
+    task that makes fewer in ``epochs`` passes gets more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
     """
 
@@ -90,7 +91,7 @@ class Learner:
         autocast: torch.dtype | None = None,
         augment: Augment | None = None,
         min_steps: int = 0,
-        renew: int = 4,
+        renew: int = 1,
         seed: int = 0,
     ) -> None:
         if epochs < 1 or batch_size < 1:
@@ -185,11 +186,14 @@ class Learner:
                 "learn(task), which watches it"
             )
         with self._adapting() as finish:
-            prior = self.prior.prepare(self.model, examples)
+            prior = self.prior
+            if not prior.recipe.equal_tasks:  # a few more examples are no task beside the others
+                prior = prior.prepare(self.model, examples)
             done = refit(self.model, prior, examples, **options)
             whole, kept = prior.recipe, prior.recipe.memory
-            if isinstance(kept, int) and kept > len(examples):  # a few examples: all are kept
-                prior = replace(prior, recipe=replace(whole, memory=len(examples)))
+            kept = min(kept, len(examples)) if isinstance(kept, int) else kept  # of a few, all
+            once = replace(whole, memory=kept, equal_tasks=False)
+            prior = replace(prior, recipe=once)
             prior = prior.update(self.model, examples, generator=self.generator)
             finish(replace(prior, recipe=whole), self.model)
         return done
@@ -334,7 +338,7 @@ class Learner:
         on_task: Callable[[int], None] | None = None,
     ) -> AccuracyMatrix:
         """Learn every task and test on those seen so far; with ``folder``, save after each epoch
-        and each task, but not within ``save_every`` seconds of the last time.
+        and each task, but not within ``save_every`` seconds of the last time, and at the end.
 
         A learner that was loaded goes on where it was, and ends with the same numbers. ahead: test
         on the next task too, before it is learned (``AccuracyMatrix.zero_shot_transfer``).
@@ -345,9 +349,9 @@ class Learner:
             self.save(Path(folder) / CHECKPOINT)  # a folder that cannot be written shows now
         last = time.monotonic()
 
-        def save() -> None:
+        def save(*, now: bool = False) -> None:
             nonlocal last
-            if folder is not None and time.monotonic() - last >= save_every:
+            if folder is not None and (now or time.monotonic() - last >= save_every):
                 self.save(Path(folder) / CHECKPOINT)
                 last = time.monotonic()
 
@@ -370,6 +374,8 @@ class Learner:
             save()
             if on_task is not None:
                 on_task(index)
+        if save_every:
+            save(now=True)
         return self.matrix
 
     @property

@@ -443,7 +443,7 @@ class _Pass:
                     if first is None:
                         with torch.no_grad():
                             first = forward(self.model, take(batch.inputs, slice(0, 1)))
-                    f = first.expand(len(batch.labels), -1)
+                    f = first.expand(len(batch.labels), *first.shape[1:])
                     self.likelihood.validate(f, batch.labels, None)
                 mask = head_mask(self.head, f.shape[1], f.device)
                 if mask is not None:

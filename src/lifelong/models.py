@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .errors import NonFiniteError, StaleAnchorError
 
@@ -40,6 +41,12 @@ def logits(output: Any) -> Tensor:
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's outputs f (B, C) on a tensor or on a dict of tensors."""
     return logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+
+
+def forward_at(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """f (B, C) at other weights; the model's own stay where they are."""
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+    return logits(functional_call(model, dict(params), args, kwargs))
 
 
 def parameters(

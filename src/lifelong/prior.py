@@ -57,6 +57,7 @@ from .models import (
     concat,
     evaluating,
     forward,
+    forward_at,
     match,
     parameters,
     require_finite,
@@ -72,6 +73,7 @@ from .scores import identify
 from .terms import (
     KernelTerm,
     MemoryTerm,
+    Near,
     Regulariser,
     WeightTerm,
     complete,
@@ -80,7 +82,7 @@ from .terms import (
     term_state,
 )
 from .terms import to as move_term
-from .transfer import Classes, NewClasses, plan, renamed_heads, require_classes
+from .transfer import ABSENT, Classes, NewClasses, plan, renamed_heads, require_classes
 from .transfer import transfer as _transfer
 
 _IN_MEMORY = (MemoryTerm, KernelTerm)
@@ -163,8 +165,9 @@ class Prior:
         normalisation) takes two passes, so that the memory is still read in eval mode.
 
         augment: changes both kinds of inputs for this step. A remembered input then answers for
-        the soft label of the unchanged one, as in Daxberger et al. 2023: beliefs and g are of the
-        inputs as they are, and with the labels of changed ones either would have to be sampled.
+        the soft label of the unchanged one, as in Daxberger et al. 2023; or, by ``Recipe.ask``, for
+        what the anchor says of the changed one, as in Beyer et al. 2022: then the divergence is
+        still 0 and flat at the anchor. g and G are of the inputs as they are.
         What kernels couple is never changed: their means are of one input each.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
         another type, and for a num_data that is not positive; StaleAnchorError as calling the
@@ -196,7 +199,8 @@ class Prior:
         nll = self.likelihood.nll(self.likelihood.mask(f_new, mask), labels).mean()
         past = self.weight_space(model)
         if drawn:
-            past = past + self._function_space(f_old, drawn)  # type: ignore[possibly-undefined]
+            asked = self._asked(model, drawn, remembered) if augment is not None else None
+            past = past + self._function_space(f_old, drawn, asked)  # type: ignore[possibly-undefined]
         return nll + past / num_data
 
     def weight_space(self, model: nn.Module) -> Tensor:
@@ -222,14 +226,39 @@ class Prior:
 
     def num_drawn(self, batch_size: int | None = None) -> int:
         """Remembered examples that one value reads, with ``batch_size`` drawn from each memory."""
-        memories = [term.memory for term in self.terms if isinstance(term, _IN_MEMORY)]
-        return sum(len(m) if batch_size is None else min(len(m), batch_size) for m in memories)
+        held = [term for term in self.terms if isinstance(term, _IN_MEMORY)]
+        return sum(term.num_drawn(batch_size) for term in held)
 
     def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
         return [(term, term.draw(n, generator)) for term in held]
 
-    def _function_space(self, f: Tensor, drawn: list[tuple[Any, Any]]) -> Tensor:
+    def _asked(
+        self, model: nn.Module, drawn: list[tuple[Any, Any]], inputs: list[Inputs]
+    ) -> list[Tensor | None] | None:
+        """f* of the anchor at augmented inputs, for each memory that is drawn from; None for those
+        without soft labels, and altogether where the recipe asks nobody or there is no one anchor.
+        """
+        anchors = [t for t in self.terms if isinstance(t, WeightTerm)]
+        if not self.recipe.ask or len(anchors) != 1:
+            return None
+        theta = anchors[0].origin if isinstance(anchors[0], Near) else anchors[0].anchor
+        if theta is None:
+            return None
+        with evaluating(model), torch.no_grad():
+            return [
+                _beliefs(forward_at(model, theta, x), sample.reference)
+                if isinstance(term, MemoryTerm) and term.has_soft
+                else None
+                for (term, sample), x in zip(drawn, inputs, strict=True)
+            ]
+
+    def _function_space(
+        self,
+        f: Tensor,
+        drawn: list[tuple[Any, Any]],
+        asked: list[Tensor | None] | None = None,
+    ) -> Tensor:
         f = _at_least_float32(f)
         for term, _ in drawn:
             known = term.memory.reference.shape[1]
@@ -242,7 +271,11 @@ class Prior:
         with _full_precision(f.device):
             values: list[Tensor] = [
                 term.value(part, sample, self.likelihood)
-                for (term, sample), part in zip(drawn, parts, strict=True)
+                if reference is None
+                else term.value(part, sample, self.likelihood, reference)
+                for (term, sample), part, reference in zip(
+                    drawn, parts, asked or [None] * len(drawn), strict=True
+                )
             ]
             return sum(values[1:], start=values[0])
 
@@ -283,10 +316,13 @@ class Prior:
                 f"cannot add a prior of {self.likelihood} to one of {other.likelihood}: "
                 "the same outputs must mean the same"
             )
+        if self.task_size and other.task_size:  # each task then counts for as many examples
+            other = other._equal_tasks(self.task_size)
         curvatures = [c for c in (self.curvature, other.curvature) if c is not None]
         known = bool(self.strengths or other.strengths)
         return replace(
             self,
+            task_size=self.task_size or other.task_size,
             terms=self.terms + tuple(_later(term, self.num_tasks) for term in other.terms),
             curvature=sum(curvatures[1:], start=curvatures[0]) if curvatures else None,
             num_data=self.num_data + other.num_data,
@@ -447,6 +483,13 @@ class Prior:
         whatever raises leaves this prior as it was. Raises as ``update``.
         """
         recipe, head = self.recipe, head_of(data, head)
+        if any(isinstance(term, Near) for term in self.terms):
+            raise ValueError(
+                "this is a prior for a few steps of training (Prior.near), which knows no more of "
+                "G than its diagonal; update the prior that it was made of"
+            )
+        if groups is not None:  # what they take out again is theirs, not a sample's
+            recipe = replace(recipe, curvature_examples=None)
         require_repeatable(data)
         self._require_anchor(model)
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
@@ -496,7 +539,7 @@ class Prior:
         in_weights = None if recipe.kernel else curvature
         # A gradient of 0 has an anchor too: what is forgotten later is taken out of it there.
         anchored = recipe.gradient != "none" or in_weights is not None or shares is not None
-        if anchored or recipe.distil:
+        if anchored or recipe.distil or recipe.ask:
             terms.append(WeightTerm(snapshot(parameters(model)), g, in_weights, shares))
         if held is not None and len(held):
             each = (past.num_data + new) / (past.num_tasks + 1)
@@ -598,7 +641,9 @@ class Prior:
         return replace(self, terms=terms, curvature=curvature, beliefs=beliefs)
 
     def _equal_tasks(self, size: int) -> Prior:
-        """Each past task counts for ``size`` examples."""
+        """Each past task counts for ``size`` examples; for what it did where there are none."""
+        if size == 0:
+            return self
         if self.task_size in (0, size):
             return replace(self, task_size=size)
         return replace(self._believed(size / self.task_size), task_size=size)
@@ -977,6 +1022,11 @@ def _undrawn(generator: torch.Generator | None) -> Iterator[None]:
     except BaseException:
         torch.set_rng_state(state) if generator is None else generator.set_state(state)
         raise
+
+
+def _beliefs(f: Tensor, stored: Tensor) -> Tensor:
+    """The anchor's outputs, but where the stored ones say that a class did not exist."""
+    return torch.where(stored <= ABSENT, stored.to(f.dtype), f)
 
 
 def _mode_matters(model: nn.Module) -> bool:

@@ -71,8 +71,9 @@ class Recipe:
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
         curvature_examples: how many examples of a task are read for its G and for a strength of
             "auto": that many of those not kept, drawn at random, each for N / n of them. Unbiased,
-            and what G costs no longer grows with the task. None reads all. ``forget`` takes an
-            example out with its own curvature all the same, right on average.
+            and what G costs no longer grows with the task. None reads all, as a task with
+            ``groups`` does, whose shares must add up. ``forget`` takes an example out with its
+            own curvature all the same, right on average.
         equal_tasks: each past task counts as much as the one at hand, as if it had had as many
             examples: where N_s of a task come before N of a new one, all of its terms are
             multiplied by N / N_s (``Prior.beliefs`` tells). Bayes' rule counts examples, so that a
@@ -98,6 +99,10 @@ class Recipe:
         soft, hard: how much an item counts by its soft and by its true label.
         replay_fraction: this part of the new items is kept by its true label alone.
         divergence: of soft labels. refresh: ask the model again after each task.
+        ask: in training with augmentation, the soft label of a changed input is what the weights
+            theta* say of that very input, one more forward pass without gradient; so the term is
+            0 and flat at theta* there too. False: it is that of the unchanged input. Buffers
+            (running statistics) are the model's own of that moment.
         kernel: "gp" (FROMP) or "identity" (FROMP-L2) couples the means of the outputs instead.
         kernel_precision, jitter: delta of FROMP's covariance, and what is added to K.
 
@@ -134,6 +139,7 @@ class Recipe:
     replay_fraction: float = 0.0
     divergence: Divergence = field(default_factory=KL)
     refresh: bool = True
+    ask: bool = False
     kernel: Kernel | None = None
     kernel_precision: float = 1e-3
     jitter: float = 1e-6
@@ -179,6 +185,11 @@ class Recipe:
                 "cannot; use random, lambda or residual"
             )
 
+        if self.ask and (not self.refresh or self.kernel or self.compact):
+            raise ValueError(
+                "ask asks the newest weights about augmented inputs: expected refresh=True, and no "
+                "kernel or compact, whose beliefs are of one input each"
+            )
         if self.compact_iterations < 1:
             raise ValueError(
                 f"compact_iterations must be at least 1, got {self.compact_iterations}"

@@ -42,13 +42,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .curvature import Curvature
 from .data import BATCH_SIZE, Data, Head
 from .jacobians import checked, differentiating, gradient, weighted_batches
 from .likelihoods import Likelihood
-from .models import Inputs, Params, evaluating, logits, parameters, snapshot
+from .models import Params, evaluating, forward_at, parameters, snapshot
 from .terms import MemoryTerm, Regulariser
 
 STEPS = 100  # of the rehearsal
@@ -140,7 +139,7 @@ def rehearse(
     with differentiating(model):
         for _ in range(STEPS):
             drawn = memory.draw(size if size < len(items) else None, generator)
-            f = _outputs(model, moving, drawn.inputs)
+            f = forward_at(model, moving, drawn.inputs)
             adam.zero_grad()
             (memory.value(f, drawn, likelihood) / stands_for).backward()
             adam.step()
@@ -169,7 +168,7 @@ def _nats(
     with torch.no_grad():
         for batch in weighted_batches(model, data, head, weights, exclude, batch_size):
             w = batch.weights.double()
-            f = _outputs(model, params, batch.inputs)
+            f = forward_at(model, params, batch.inputs)
             if not bool(torch.isfinite(f).all()):
                 return math.inf, math.inf
             y, mask = checked(likelihood, f, batch)
@@ -179,9 +178,3 @@ def _nats(
             size += float(w @ nll.abs())
             size += float(w @ (likelihood.residual(masked, y) * f).double().abs().sum(1))
     return total, size
-
-
-def _outputs(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """f (B, C) at other weights; the model's own stay where they are."""
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-    return logits(functional_call(model, dict(params), args, kwargs))

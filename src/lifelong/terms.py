@@ -245,7 +245,7 @@ class WeightTerm:
         if self.gradient is not None:
             constant = constant + sum(_dot(x, self.gradient[n]) for n, x in d.items())
         anchor = {n: p.clone() for n, p in params.items()}
-        return Near(anchor, slope, self._diagonal, constant=0.5 * constant)
+        return Near(anchor, slope, self._diagonal, constant=0.5 * constant, origin=self.anchor)
 
     @cached_property
     def _diagonal(self) -> Diagonal | None:
@@ -283,13 +283,19 @@ class WeightTerm:
 class Near(WeightTerm):
     """What ``WeightTerm.near`` gives: for some steps of training, not to be kept.
 
-    constant: the value of the whole term at its anchor.
+    constant: the value of the whole term at its anchor; origin: the whole term's anchor.
     """
 
     constant: Tensor | float = 0.0
+    origin: Params | None = None
 
     def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
         return super().value(params, parts) + self.constant
+
+    def __mul__(self, factor: float) -> Near:
+        return replace(super().__mul__(factor), constant=factor * self.constant)  # type: ignore[return-value,call-arg]
+
+    __rmul__ = __mul__
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,9 +360,19 @@ class MemoryTerm:
     def draw(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
         return self.memory.sample(n, generator)
 
-    def value(self, f: Tensor, drawn: Memory | Sample, likelihood: Likelihood) -> Tensor:
-        """f (B, C): outputs at the drawn inputs."""
-        reference = drawn.reference.to(f.dtype)
+    def num_drawn(self, n: int | None) -> int:
+        """How many items ``draw`` gives."""
+        return len(self.memory) if n is None else min(len(self.memory), n)
+
+    def value(
+        self,
+        f: Tensor,
+        drawn: Memory | Sample,
+        likelihood: Likelihood,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """f (B, C): outputs at the drawn inputs; reference (B, C): f*, the stored ones for None."""
+        reference = (drawn.reference if reference is None else reference).to(f.dtype)
         table = self.memory.head_masks
         if table is not None:
             mask = table[drawn.head]
@@ -454,11 +470,21 @@ class KernelTerm:
     blocks: tuple[Block, ...]
     strength: float = 1.0
 
-    def draw(self, n: int | None, generator: torch.Generator | None = None) -> Drawn:
+    def num_drawn(self, n: int | None) -> int:
+        """How many items ``draw`` gives, on average where blocks differ in size."""
+        return round(len(self.memory) * self._wanted(n) / max(1, len(self.blocks)))
+
+    def _wanted(self, n: int | None) -> int:
+        """Blocks that are drawn for about n items: whole ones, at least one."""
         count = len(self.blocks)
         if n is None or n >= len(self.memory) or count <= 1:
+            return count
+        return max(1, min(count, n * count // len(self.memory)))
+
+    def draw(self, n: int | None, generator: torch.Generator | None = None) -> Drawn:
+        count, wanted = len(self.blocks), self._wanted(n)
+        if wanted == count:
             return Drawn(self.memory.inputs, self.blocks, 1.0)
-        wanted = max(1, min(count, n * count // len(self.memory)))
         chosen = torch.randperm(count, generator=generator)[:wanted].tolist()
         blocks = tuple(self.blocks[i] for i in chosen)
         rows = torch.cat([torch.arange(b.start, b.stop) for b in blocks])
@@ -593,8 +619,13 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
 def term_state(term: Any) -> dict[str, Any]:
     """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it.
 
-    Raises TypeError for a term of the user's own.
+    Raises TypeError for a term of the user's own, and for what ``near`` gives.
     """
+    if isinstance(term, Near):
+        raise TypeError(
+            "a prior for a few steps of training (Prior.near) is not to be kept; save the prior "
+            "that it was made of"
+        )
     if isinstance(term, Regulariser):
         return {"name": "Regulariser", "precision": term.precision, "mean": term.mean}
     if isinstance(term, WeightTerm):

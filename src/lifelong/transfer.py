@@ -46,7 +46,7 @@ from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 NewClasses = Literal["zero", "mask"]
 Classes = Sequence[int | None]
 
-_ABSENT = -1e4  # the logit of a new output: probability 0 in every dtype, and finite in float16 too
+ABSENT = -1e4  # the logit of a new output: probability 0 in every dtype, and finite in float16 too
 
 
 @dataclass(frozen=True, eq=False)
@@ -518,7 +518,7 @@ def _reindexed(
         new = tuple(sorted(where[c] for c in head if c in where))
         return None if new == every else new
 
-    memory = replace(memory, reference=_columns(memory.reference, classes, _ABSENT), labels=labels)
+    memory = replace(memory, reference=_columns(memory.reference, classes, ABSENT), labels=labels)
     return _with_heads(memory, tuple(found(h) for h in memory.heads))
 
 

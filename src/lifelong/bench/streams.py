@@ -37,7 +37,7 @@ from .table import Cell, Context, Method, Table, plain
 
 SAVE_EVERY = 30.0  # seconds
 _SECONDS = "seconds.json"
-LARGEST_KEPT = 600_000_000  # bytes of a stream
+LARGEST_KEPT = 700_000_000  # bytes of a stream
 
 
 def run_stream(benchmark: str, scenario: Scenario, training: Training, **options: Any) -> StreamRun:

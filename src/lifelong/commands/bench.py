@@ -108,6 +108,8 @@ def bench(args: list[str]) -> int:
             f"{chosen.name} reads data: give --data DIR, the folder with the data sets, or set "
             "LIFELONG_DATA; split-digits needs no files"
         )
+    if chosen.needs_data and data is not None and not data.is_dir():
+        raise UsageError(f"--data: {data} is no folder; expected the one with the data sets")
     kind = "smoke" if flags.smoke else "bench"
     out = flags.out or Path("runs", f"{kind}-{chosen.name}")
     which = (flags.methods or None, flags.memories or None, flags.seeds)

@@ -120,7 +120,7 @@ class BlockDiagonal:
         )
 
     def merge(self) -> BlockDiagonal:
-        """Each block that is a sum of Kronecker products as the nearest single one."""
+        """Each block that is a sum of Kronecker products as one product of the same trace."""
         mergeable = (Kronecker, EigenKronecker)
         return BlockDiagonal(
             tuple(b.merge() if isinstance(b, mergeable) else b for b in self.blocks)

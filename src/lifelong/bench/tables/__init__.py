@@ -14,6 +14,7 @@ _MODULES = (
     "ablation",
     "frozen",
     "cifar",
+    "tiny",
 )  # fmt: skip
 
 

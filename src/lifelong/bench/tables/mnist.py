@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...config import Training
 from ..streams import published, run_stream
 from ..table import Goal, Method, Published, Table
@@ -24,6 +26,7 @@ SPLIT_DIGITS = Table(
         Method("experience_replay", "experience_replay"),
         Method("derpp", "derpp"),
         Method("gradient_reconstruction", "gradient_reconstruction"),
+        Method("recommended", "recommended"),
     ),
     memories=(20,),
     run=run_stream("split-digits", "class", _DIGITS),
@@ -53,6 +56,9 @@ _KRONECKER = Method(
 )
 
 
+_RESERVOIR = "one memory for all tasks, which the first ones fill alone"
+
+
 def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
     """The presets, at their defaults but for what ``tuned`` says."""
     whole = {"memory_batch_size": None}  # K is of all of a task's items together
@@ -67,11 +73,14 @@ def _baselines(benchmark: str, training: Training) -> tuple[Method, ...]:
         Method("kprior", "kprior"),
         Method("fromp", "fromp", **published(benchmark, "fromp", training), tuned="published"),
         Method("fromp, our recipe", "fromp", training=whole),
-        Method("experience_replay", "experience_replay"),
-        Method("derpp", "derpp"),
+        Method("experience_replay", "experience_replay", {"total": False}),
+        Method("experience_replay, reservoir", "experience_replay", note=_RESERVOIR),
+        Method("derpp", "derpp", {"total": False}),
+        Method("derpp, reservoir", "derpp", note=_RESERVOIR),
         Method("gradient_reconstruction", "gradient_reconstruction"),
         _KRONECKER,
         Method("recommended", "recommended"),
+        Method("recommended, reservoir", "recommended", {"total": True}, note=_RESERVOIR),
     )
 
 
@@ -106,7 +115,12 @@ SPLIT_MNIST_CLASS = Table(
     title="Split MNIST, class-incremental (40 a task is 20 a class; 200 is 100)",
     methods=(
         *_baselines("split-mnist", _SPLIT),
-        Method("derpp, tuned", "derpp", {"alpha": 1.0}, tuned=_TUNED.format("0.03, 0.1, 0.3, 1")),
+        Method(
+            "derpp, tuned",
+            "derpp",
+            {"alpha": 1.0, "total": False},
+            tuned=_TUNED.format("0.03, 0.1, 0.3, 1"),
+        ),
     ),
     memories=(40, 200),
     run=run_stream("split-mnist", "class", _SPLIT),
@@ -138,11 +152,16 @@ SPLIT_MNIST_CLASS = Table(
 _PERMUTED = Training(epochs=5, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle")
 _THESIS = "Eschenhagen's thesis, table 1"
 
+_SWEPT = ("experience_replay", "gradient_reconstruction", "recommended")
+
 PERMUTED_MNIST = Table(
     name="permuted-mnist",
     title="Permuted MNIST, ten tasks",
-    methods=_baselines("permuted-mnist", _PERMUTED),
-    memories=(10, 40, 100, 200, 400),
+    methods=tuple(
+        replace(m, memories=(10, 40, 100, 200, 400)) if m.name in _SWEPT else m
+        for m in _baselines("permuted-mnist", _PERMUTED)
+    ),
+    memories=(200,),
     run=run_stream("permuted-mnist", "domain", _PERMUTED),
     published=(
         Published("fromp", 200, 94.8, "C", _FROMP_CODE),
@@ -162,7 +181,10 @@ PERMUTED_MNIST = Table(
         Goal("recommended", 200, kind="first"),
     ),
     needs_data=True,
-    smoke={"memories": (10,)},
+    smoke={
+        "memories": (10,),
+        "methods": _baselines("permuted-mnist", _PERMUTED),
+    },
 )
 
 # Stress -------------------------------------------------------------------------------------------
@@ -173,9 +195,10 @@ def _stressed() -> tuple[Method, ...]:
         Method("finetune", "finetune"),
         Method("joint", "joint"),
         Method("online_ewc", "online_ewc", {"strength": "auto"}),
-        Method("experience_replay", "experience_replay"),
+        Method("experience_replay", "experience_replay", {"total": False}),
         Method("gradient_reconstruction", "gradient_reconstruction"),
         _KRONECKER,
+        Method("recommended", "recommended"),
     )
 
 
