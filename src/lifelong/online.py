@@ -1,19 +1,24 @@
 r"""Learning without tasks: each row is predicted, then learned, at a cost that stays the same.
 
-Where the data come as one stream that drifts, the prior of the next row is the posterior of the
-last one, believed a little less: R + gamma (posterior - R), which is ``Prior.discount(gamma)``.
-With the Gauss-Newton curvature G in full, J = df/dtheta and the posterior N(m, S),
-S = (delta I + G)⁻¹:
+Where the data come as one stream that drifts, yesterday's weights are not quite today's: each row
+they move at random, and are drawn back to where they began,
+
+    theta <- theta_0 + sqrt(gamma) (theta - theta_0) + sqrt((1 - gamma) / delta) noise,
+
+so that of a row infinitely far away no more is believed than the prior N(theta_0, I / delta).
+Today's posterior N(m, S), moved that way, is the prior of the next row; J = df/dtheta:
 
     predict   f = f(x; m),  V = J S Jᵀ                        before the label is known
-    learn     f' = argmin ½ (f' - f)ᵀ V⁻¹ (f' - f) + l(y, f'),   r' = dl/df at f'
-              m <- m - S Jᵀ r',   S⁻¹ <- S⁻¹ + Jᵀ H(f') J
-    forget    S⁻¹ <- gamma S⁻¹ + (1 - gamma) delta I,   m <- theta_0 + S gamma S_old⁻¹ (m - theta_0)
+    learn     f' = argmin ½ (f' - f)ᵀ V⁻¹ (f' - f) + l(y, f'),   r' and H: its gradient, curvature
+              m <- m - S Jᵀ r',   S <- S - S Jᵀ H (I + V H)⁻¹ J S
+    drift     m <- theta_0 + sqrt(gamma) (m - theta_0),   S <- gamma S + (1 - gamma) I / delta
 
-So three known filters are one: recursive least squares with forgetting (a linear model, Gaussian
-labels, delta = 0), the Kalman filter of a linear model (gamma = 1), and the extended Kalman filter
-of a network (Singhal & Wu 1989), which is online natural gradient (Ollivier 2018). Bayes is exact
-for linear models with Gaussian labels; for others each row has its own Laplace approximation.
+So three known filters are one: recursive least squares (a linear model, Gaussian labels, gamma =
+1), the Kalman filter (gamma < 1), and the extended Kalman filter of a network (Singhal & Wu 1989),
+which is online natural gradient (Ollivier 2018). For linear models with Gaussian labels it is
+exact: a Gaussian process whose kernel fades with gamma^(rows between / 2). For others each row has
+its own Laplace approximation. ``Prior.discount`` forgets in another way, for tasks: it loosens
+least what is known best, and a drift most.
 
 How much to forget is not a setting: members with several discounts run beside each other, and what
 they say is mixed by how well each foretold the labels of late. With rate ``switch`` any of them may
@@ -34,15 +39,15 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Dense
-from .likelihoods import Likelihood, require_hessian
+from .likelihoods import Bernoulli, Categorical, Likelihood, require_hessian
 from .models import Inputs, Params, logits, move, nbytes, parameters, require_finite, rows, take
 from .predictive import linearised
 from .prior import Prior
 from .recipe import Recipe
 from .terms import Regulariser, WeightTerm
 
-DISCOUNTS = (1.0, 0.999, 0.997, 0.99, 0.97)
-"""For each row: all rows count, or about the last 1000, 300, 100, 30."""
+DISCOUNTS = (1.0, 0.9999, 0.999, 0.997, 0.99, 0.97)
+"""gamma: weights that stay, or are forgotten in about 10,000, 1000, 300, 100, 30 rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,47 +94,14 @@ class _Outputs(NamedTuple):
     V: Tensor
 
 
-class Recent(NamedTuple):
-    """The K rows since S was last made from S⁻¹, at most ``every``: a row then touches no P x P
-    matrix but for one product.
-
-    roots: (M, K C, P), their sum of Jᵀ H J is rootsᵀ roots; S has lost left rightᵀ, both
-    (M, P, K C).
-    """
-
-    roots: Tensor
-    left: Tensor
-    right: Tensor
-
-    @classmethod
-    def none(cls, mean: Tensor) -> Recent:
-        members, size = mean.shape
-        column = mean.new_zeros(members, size, 0)
-        return cls(column.mT, column, column)
-
-    def add(self, root: Tensor, seen: _Outputs, gain: Tensor) -> Recent:
-        """root: (M, C, C), root rootᵀ = H; gain: H (I + V H)⁻¹."""
-        return Recent(
-            torch.cat([self.roots, root.mT @ seen.J], dim=1),
-            torch.cat([self.left, seen.SJ @ gain], dim=2),
-            torch.cat([self.right, seen.SJ], dim=2),
-        )
-
-    def less(self, SJ: Tensor, J: Tensor) -> Tensor:
-        """(M, P, C) S Jᵀ, from that of the S that these rows have not touched."""
-        return SJ - self.left @ (self.right.mT @ J.mT)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class LaplaceFilter:
     """Members that learn row by row, and how much each is believed. Make one with ``of``.
 
-    likelihood: of the outputs. precision: delta of R = ½ delta ‖theta - theta_0‖². discounts: (M,)
-    gamma of each member, for each row. switch: the rate at which another member becomes the best.
-    every: rows between two times of forgetting, each by gamma^every, which costs O(P³) where a row
-    costs O(P²). start: theta_0, mean: m, both (M, P). information: S⁻¹, covariance: S, both
-    (M, P, P), without the rows since the last forgetting, which are in ``recent``. weights: (M,),
-    sum to 1. scale: of the inputs. num_data: rows so far. A model has P weights and C outputs.
+    likelihood: of the outputs. precision: delta. discounts: (M,) gamma of each member, for each
+    row. switch: the rate at which another member becomes the best. start: theta_0, mean: m, both
+    (M, P). covariance: S, (M, P, P). weights: (M,), sum to 1. scale: of the inputs. num_data: rows
+    so far. A model has P weights and C outputs; a row costs O(M P²).
     """
 
     model: nn.Module
@@ -139,12 +111,9 @@ class LaplaceFilter:
     precision: float
     discounts: Tensor
     switch: float
-    every: int
     start: Tensor
     mean: Tensor
-    information: Tensor
     covariance: Tensor
-    recent: Recent
     weights: Tensor
     scale: RunningScale | None = None
     num_data: int = 0
@@ -159,7 +128,6 @@ class LaplaceFilter:
         discounts: Sequence[float] = DISCOUNTS,
         precision: float = 1.0,
         switch: float = 0.02,
-        every: int = 10,
         standardise: int | None = None,
     ) -> LaplaceFilter:
         """One member for each model and each discount, at the models' present weights.
@@ -170,8 +138,8 @@ class LaplaceFilter:
         which are then (B, D) and brought to ``RunningScale`` as they come; None leaves them.
 
         Raises ValueError where there is no model, discount or trainable parameter, a discount lies
-        outside of (0, 1], the precision is not positive, switch not in [0, 1], every below 1 or
-        the models differ in shape; TypeError for a likelihood without a Hessian.
+        outside of (0, 1], the precision is not positive, switch is not in [0, 1] or the models
+        differ in shape; TypeError for a likelihood without a Hessian.
         """
         models = [models] if isinstance(models, nn.Module) else list(models)
         require_hessian(likelihood, "learning row by row")
@@ -181,10 +149,10 @@ class LaplaceFilter:
                 "expected at least one model and one discount, each above 0 and at most 1, got "
                 f"{len(models)} models and discounts {gammas.tolist()}"
             )
-        if not (precision > 0 and math.isfinite(precision)) or not 0 <= switch <= 1 or every < 1:
+        if not (precision > 0 and math.isfinite(precision)) or not 0 <= switch <= 1:
             raise ValueError(
-                "expected precision > 0, switch from 0 to 1 and every of at least 1, got "
-                f"precision={precision}, switch={switch}, every={every}"
+                "expected precision > 0 and switch from 0 to 1, got "
+                f"precision={precision}, switch={switch}"
             )
         trained = [parameters(m) for m in models]
         held = [
@@ -219,12 +187,9 @@ class LaplaceFilter:
             precision=float(precision),
             discounts=gammas.to(start.device).repeat(len(models)),
             switch=float(switch),
-            every=every,
             start=start,
             mean=start,
-            information=precision * eye,
             covariance=eye / precision,
-            recent=Recent.none(start),
             weights=torch.full_like(start[:, 0], 1 / members),
             scale=None if standardise is None else RunningScale.zeros(standardise, start.device),
         )
@@ -238,9 +203,9 @@ class LaplaceFilter:
 
     @property
     def num_bytes(self) -> int:
-        """What is kept; never more than at the row before a forgetting."""
-        kept = (self.start, self.mean, self.information, self.covariance, self.weights)
-        return sum(map(nbytes, (*kept, *self.recent, *self.fixed.values())))
+        """What is kept; the same after any number of rows."""
+        kept = (self.start, self.mean, self.covariance, self.weights)
+        return sum(map(nbytes, (*kept, *self.fixed.values())))
 
     # ---------------------------------------------------------------- rows
 
@@ -259,8 +224,8 @@ class LaplaceFilter:
     def learn(self, inputs: Inputs, labels: Tensor) -> LaplaceFilter:
         """The learner after these rows, one after another in their order.
 
-        Raises ValueError or TypeError for labels that the likelihood does not know or that are as
-        many as the rows; NonFiniteError. This learner stays as it is.
+        Raises ValueError or TypeError for labels that the likelihood does not know or that are not
+        as many as the rows; NonFiniteError. This learner stays as it is.
         """
         if len(labels) != rows(inputs):
             raise ValueError(
@@ -275,41 +240,32 @@ class LaplaceFilter:
         seen = self._seen(row)
         y = y.expand(len(seen.f), *y.shape[1:])
         self.likelihood.validate(seen.f, y)
-        r, H, root, evidence = _update(seen.f, seen.V, y, self.likelihood)
-        # S - S Jᵀ H (I + V H)⁻¹ J S, which keeps S symmetric as H (I + V H)⁻¹ is.
-        gain = _solve(_plus_identity(H @ seen.V), H)
-        gain = 0.5 * (gain + gain.mT)
-        weights = (self.weights.log() + evidence).softmax(0)
-        learner = replace(
+        r, H, evidence = _update(seen.f, seen.V, y, self.likelihood)
+        gain = _solve(_plus_identity(H @ seen.V), H)  # H (I + V H)⁻¹
+        mean = self.mean - (seen.SJ @ r.unsqueeze(2)).squeeze(2)
+        S = torch.baddbmm(self.covariance, seen.SJ @ gain, seen.SJ.mT, alpha=-1)
+        # The drift, in place: S is new.
+        gamma = self.discounts
+        S.mul_(gamma[:, None, None]).diagonal(dim1=1, dim2=2).add_(
+            ((1 - gamma) / self.precision).unsqueeze(1)
+        )
+        weights = (self.weights.log() + self._told(seen, y, evidence)).softmax(0)
+        return replace(
             self,
-            mean=self.mean - (seen.SJ @ r.unsqueeze(2)).squeeze(2),
-            recent=self.recent.add(root, seen, gain),
+            mean=torch.lerp(self.start, mean, gamma.sqrt().unsqueeze(1)),
+            covariance=S,
             weights=(1 - self.switch) * weights + self.switch / len(weights),
             scale=seen.scale,
             num_data=self.num_data + 1,
         )
-        return learner._forgotten() if learner.num_data % self.every == 0 else learner
 
-    def _forgotten(self) -> LaplaceFilter:
-        """``Prior.discount(gamma^every)`` of each member, and S afresh from S⁻¹."""
-        gamma = (self.discounts**self.every)[:, None, None]
-        past = gamma * self._information
-        information = past.clone()
-        information.diagonal(dim1=1, dim2=2).add_(self.precision * (1 - gamma.squeeze(2)))
-        factor = torch.linalg.cholesky(information)
-        gap = torch.cholesky_solve(past @ (self.mean - self.start).unsqueeze(2), factor)
-        return replace(
-            self,
-            information=information,
-            covariance=torch.cholesky_inverse(factor),
-            recent=Recent.none(self.mean),
-            mean=self.start + gap.squeeze(2),
-        )
-
-    @property
-    def _information(self) -> Tensor:
-        """(M, P, P) S⁻¹ with all rows."""
-        return torch.baddbmm(self.information, self.recent.roots.mT, self.recent.roots)
+    def _told(self, seen: _Outputs, y: Tensor, evidence: Tensor) -> Tensor:
+        """(M,) log p(y) as each member foretold it. Of classes, by the probabilities it gave: for
+        wide V, Laplace's evidence is far off."""
+        if isinstance(self.likelihood, Bernoulli | Categorical):
+            v = seen.V.diagonal(dim1=1, dim2=2)
+            return -self.likelihood.nll(seen.f * (1 + math.pi / 8 * v).rsqrt(), y)
+        return evidence
 
     def _seen(self, row: Inputs) -> _Outputs:
         """``_outputs``, kept for the row that is learned as soon as it was predicted."""
@@ -341,7 +297,7 @@ class LaplaceFilter:
             ]
         f, J = f.detach(), torch.stack(slopes, dim=1)
         require_finite(f, "the model's output")
-        SJ = self.recent.less(self.covariance @ J.mT, J)
+        SJ = self.covariance @ J.mT
         return _Outputs(scale, f, J, SJ, J @ SJ)
 
     def _shaped(self, weights: Tensor) -> Params:
@@ -355,11 +311,11 @@ class LaplaceFilter:
     def prior(self, member: int | None = None) -> Prior:
         """What a member, by default the most believed one, has learned, as a ``Prior``.
 
-        Its anchor is that member's mean, G its curvature of the data. Raises IndexError for a
-        member that there is not.
+        Its anchor is that member's mean, and G its curvature of the data, S⁻¹ - delta I. Raises
+        IndexError for a member that there is not.
         """
         i = int(self.weights.argmax()) if member is None else range(len(self.weights))[member]
-        G = self._information[i].clone()
+        G = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance[i]))
         G.diagonal().sub_(self.precision)
         gradient = self._shaped(-self.precision * (self.mean[i] - self.start[i]))
         return Prior(
@@ -398,9 +354,8 @@ def _plus_identity(x: Tensor) -> Tensor:
 
 def _update(
     f: Tensor, V: Tensor, y: Tensor, likelihood: Likelihood
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r' (M, C), H and a root of it (M, C, C) at f', the mode of N(f, V) exp(-l(y, .)), and the
-    log evidence.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r' (M, C) and H (M, C, C) at f', the mode of N(f, V) exp(-l(y, .)), and the log evidence.
 
     f' = f - V r', so that r' itself is sought, by Newton's method with halved steps; V may be
     singular. The evidence (M,), log of the integral of N(f, V) p(y | .), is Laplace's: exact for
@@ -424,8 +379,7 @@ def _update(
         r, H = likelihood.residual(inside, y), likelihood.hessian(inside)
         if bool(((r - u).abs() <= _TOLERANCE * (1 + r.abs())).all()):
             break
-    evidence = -now - 0.5 * _plus_identity(V @ H).det().log()
-    return u, H, likelihood.hessian_factor(inside), evidence
+    return u, H, -now - 0.5 * _plus_identity(V @ H).det().log()
 
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:

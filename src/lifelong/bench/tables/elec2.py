@@ -94,24 +94,34 @@ def _forest(seed: int, **options: Any) -> River:
     return River(_river("forest").ARFClassifier(seed=seed, **options))
 
 
-def _ours(seed: int, *, num_inputs: int, networks: int, hidden: int, **options: Any) -> RowLearner:
+def _ours(
+    seed: int, *, num_inputs: int, networks: int, hidden: int, width: float, **options: Any
+) -> RowLearner:
     """``networks`` small ones from different beginnings, each with all discounts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        models = [Skip(num_inputs, hidden) for _ in range(networks)]
+        models = [Skip(num_inputs, hidden, width) for _ in range(networks)]
     return LaplaceFilter.of(models, Bernoulli(), standardise=num_inputs, **options)
 
 
 class Skip(nn.Module):
-    """A hidden layer of tanh units, and a linear function beside it: (B, D) -> (B, 1)."""
+    """A hidden layer of tanh units, and a linear function beside it: (B, D) -> (B, 1).
 
-    def __init__(self, num_inputs: int, hidden: int) -> None:
+    The linear function is ``width`` times what its weights say: under the prior N(theta_0, I) it
+    can be that much steeper, and drifts that much faster.
+    """
+
+    def __init__(self, num_inputs: int, hidden: int, width: float) -> None:
         super().__init__()
         self.inner = nn.Linear(num_inputs, hidden)
-        self.outer = nn.Linear(num_inputs + hidden, 1)
+        self.outer = nn.Linear(hidden, 1, bias=False)
+        self.linear = nn.Linear(num_inputs, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(torch.cat([x, torch.tanh(self.inner(x))], dim=-1))
+        return self.outer(torch.tanh(self.inner(x))) + self.width * self.linear(x)
 
 
 _RIVERS: Mapping[str, Callable[..., RowLearner]] = {
@@ -204,10 +214,10 @@ def _grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-_OURS = {"networks": 3, "hidden": 8}
+_OURS = {"networks": 2, "hidden": 8, "width": 10.0}
 _TENTH = "on the first tenth of the stream, among {}"
 _RIVER = {
-    "logistic regression": ("logistic_regression", {"lr": (0.003, 0.01, 0.03, 0.1, 0.3)}),
+    "logistic regression": ("logistic_regression", {"lr": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}),
     "Hoeffding adaptive tree": (
         "hoeffding_adaptive_tree",
         {"grace_period": (50, 200), "delta": (1e-7, 1e-3)},
