@@ -79,6 +79,9 @@ _METHODS = (
     Method("recommended", "recommended"),
 )
 
+# Of the tiny version: a row of each kind.
+_QUICK = ("joint", "ewc", "EWC+FR+R", "fromp", "recommended")
+
 SPLIT_CIFAR_T = Table(
     name="split-cifar-t",
     title="Split CIFAR-T, six tasks of ten classes, CifarNet",
@@ -113,7 +116,10 @@ SPLIT_CIFAR_T = Table(
         "79.0, EWC+FR+R 78.8; at 1000 a task 77.3, 78.1, 78.1, 79.6. FROMP at 200 a task: 76.2 "
         "(its README)."
     ),
-    smoke={"memories": (20,), "methods": tuple(replace(m, memories=None) for m in _METHODS)},
+    smoke={
+        "memories": (20,),
+        "methods": tuple(replace(m, memories=None) for m in _METHODS if m.name in _QUICK),
+    },
 )
 
 TABLES: tuple[Table, ...] = (SPLIT_CIFAR_T,)
