@@ -176,3 +176,17 @@ def test_examples_drawn_are_counted_as_they_are_drawn(batch_size):
             prior = prior.update(net(), task(20, t))
         drawn = prior._draw(batch_size, torch.Generator())
         assert prior.num_drawn(batch_size) == sum(len(d.inputs) for _, d in drawn)
+
+
+def test_what_a_sample_cannot_give_back_is_told_as_such():
+    """An example that the curvature does not hold cannot be taken out of it."""
+    recipe = Recipe(structure="diagonal", curvature_examples=1)
+    data = task(20)
+    prior = Prior(Categorical(), recipe).update(net(), data, generator=torch.Generator())
+
+    def forget_all(prior: Prior) -> None:
+        for i in range(20):
+            prior = prior.forget(net(), data[i : i + 1])
+
+    with pytest.raises(ValueError, match=r"of a sample \(curvature_examples\)"):
+        forget_all(prior)

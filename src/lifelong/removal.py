@@ -592,10 +592,11 @@ def _minus(
     if bad and on_indefinite == "raise":
         raise ValueError(
             f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
-            "not learned at this anchor, or were forgotten before, or the structure approximates, "
-            "and an approximation of all examples less one of some need not be positive (diagonal, "
-            "block and dense are exact); refit the prior from the data that stay, or pass "
-            "on_indefinite='clip' to keep the positive part, which removes less"
+            "not learned at this anchor, or were forgotten before, or the structure approximates "
+            "(diagonal, block and dense are exact), or the curvature is of a sample "
+            "(curvature_examples), and an approximation of all examples less one of some need not "
+            "be positive; refit the prior from the data that stay, or pass on_indefinite='clip' to "
+            "keep the positive part, which removes less"
         )
     if isinstance(left, Diagonal):  # rounding, or clipped
         clamped = Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
