@@ -211,7 +211,7 @@ def _sources(published: Iterable[Published]) -> list[str]:
 
 def goals(known: Iterable[Table], results: Path = RESULTS) -> str:
     """Markdown: every goal of every table, and whether it is met; empty where nothing is known."""
-    heads = ("table", "memory", "method", "goal", "published", "reached", "")
+    heads = ("table", "memory", "method", "goal", "published", "reached", "seeds", "")
     lines = [_row_of(heads), _row_of("---" for _ in heads)]
     for table in known:
         folder = newest(table.name, results)
@@ -226,8 +226,15 @@ def _goal(table: Table, goal: Goal, rows: Sequence[Any], folder: Path | None) ->
     met = {True: "met", False: "**missed**", None: ""}[verdict.met]
     title = f"[{table.name}](results/{folder.name})" if folder else table.name
     reached = verdict_text(goal, verdict)
-    cells = (title, str(goal.memory or ""), goal.method, goal_text(goal), goal.why, reached, met)
-    return _row_of(cells)
+    wanted = {goal.method, *goal.of}
+    counts = [len(r["seeds"]) for r in rows if r["method"] in wanted and _at(r, goal.memory)]
+    seeds = f"{min(counts)} of {table.seeds}" if counts and reached else ""
+    cells = (title, str(goal.memory or ""), goal.method, goal_text(goal), goal.why, reached, seeds)
+    return _row_of((*cells, met))
+
+
+def _at(row: Mapping[str, Any], memory: int) -> bool:
+    return row["memory"] in (0, memory) and bool(row["seeds"])
 
 
 def demo_table(results: Path = RESULTS) -> str:

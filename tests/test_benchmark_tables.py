@@ -94,17 +94,19 @@ def test_without_a_record_all_cells_are_empty(tmp_path: Path) -> None:
     text = section(TABLE, tmp_path)
     assert "No record yet" in text
     assert "| ours | 10 | 90.5 [P] |  |  |  |  |  | published |" in text
-    assert goals([TABLE], tmp_path).splitlines()[2].endswith("| somebody 91 |  |  |")
+    assert goals([TABLE], tmp_path).splitlines()[2].endswith("| somebody 91 |  |  |  |")
 
 
 def test_goals_from_the_record(results: Path) -> None:
     first, gap, below, later = goals([TABLE], results).splitlines()[2:]
     table = "[toy](results/2026-01-02_toy)"
     assert first == (
-        f"| {table} | 20 | ours | at least 94 % | somebody 91 | 92.50 % | **missed** |"
+        f"| {table} | 20 | ours | at least 94 % | somebody 91 | 92.50 % | 2 of 5 | **missed** |"
     )
-    assert gap.endswith("| at least 50 % of the gap from finetune to joint |  | 91 % | met |")
-    assert below.endswith("| 6.00 points below | **missed** |")
+    assert gap.endswith(
+        "| at least 50 % of the gap from finetune to joint |  | 91 % | 2 of 5 | met |"
+    )
+    assert below.endswith("| 6.00 points below | 2 of 5 | **missed** |")
     assert later.endswith("|  |  |  |")
 
 

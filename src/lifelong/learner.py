@@ -347,11 +347,12 @@ class Learner:
         """
         if folder is not None:
             self.save(Path(folder) / CHECKPOINT)  # a folder that cannot be written shows now
-        last = time.monotonic()
+        last, behind = time.monotonic(), False
 
         def save(*, now: bool = False) -> None:
-            nonlocal last
-            if folder is not None and (now or time.monotonic() - last >= save_every):
+            nonlocal last, behind
+            behind = not (now or time.monotonic() - last >= save_every)
+            if folder is not None and not behind:
                 self.save(Path(folder) / CHECKPOINT)
                 last = time.monotonic()
 
@@ -374,7 +375,7 @@ class Learner:
             save()
             if on_task is not None:
                 on_task(index)
-        if save_every:
+        if behind:
             save(now=True)
         return self.matrix
 
