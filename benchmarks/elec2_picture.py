@@ -18,6 +18,7 @@ from lifelong.plots.style import COLOURS, DASHES, add_legend, dress
 HERE = Path(__file__).parent
 LINES = {
     "Laplace filter": "Laplace filter",
+    "river logistic regression, chosen": "logistic regression, chosen step",
     "river adaptive random forest": "adaptive random forest",
     "river Hoeffding adaptive tree": "Hoeffding adaptive tree",
     "river logistic regression": "logistic regression",

@@ -121,7 +121,7 @@ def test_it_saves_no_more_than_every_so_often(
     save = Learner.save
     monkeypatch.setattr(Learner, "save", lambda self, path: saved.append(path) or save(self, path))
     cell(sharing(TABLE, False), "ewc", tmp_path)
-    assert len(saved) == 1  # as it begins
+    assert len(saved) == 2  # as it begins, and as it ends
 
 
 # Streams ------------------------------------------------------------------------------------------
