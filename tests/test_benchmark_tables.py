@@ -206,7 +206,7 @@ def test_first_is_among_rows_of_the_same_memory_and_without() -> None:
         (Goal("a", 1, 94.5), "at least 94.5 %", 93.216, "93.22 %"),
         (Goal("a", 1, 1.2, "below", ("joint",)), "at most 1.2 points below joint", 1.0,
          "1.00 points below"),
-        (Goal("a", 1, 0.0, "above", ("b", "c")), "above b, c", 1.0, "+1.00 points"),
+        (Goal("a", 1, 0.0, "above", ("b", "c")), "above b; c", 1.0, "+1.00 points"),
         (Goal("a", 1, 2.0, "above", ("b",)), "at least 2 points above b", -1.0, "-1.00 points"),
         (Goal("a", 1, 50, "gap", ("b", "c")), "at least 50 % of the gap from b to c", 49.6, "50 %"),
         (Goal("a", 1, kind="first"), "first, or within one standard error", 0.0, "first"),

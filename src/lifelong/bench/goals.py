@@ -48,7 +48,7 @@ def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
 
 def goal_text(goal: Goal) -> str:
     """What is asked for, in words."""
-    of = ", ".join(goal.of)
+    of = "; ".join(goal.of)  # names of rows have commas
     return {
         "accuracy": f"at least {goal.bar:g} %",
         "below": f"at most {goal.bar:g} points below {of}",

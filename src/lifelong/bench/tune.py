@@ -59,6 +59,7 @@ def grid_table(
         methods=tuple(_point(table.method(method), point) for point in _points(grid)),
         run=replace(run, validation=validation, first_seed=first_seed),
         seeds=seeds,
+        smoke={k: v for k, v in table.smoke.items() if k != "methods"},
         published=(),
         goals=(),
     )
