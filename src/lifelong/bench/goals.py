@@ -25,8 +25,8 @@ def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
     """Whether ``rows`` (of ``result.json``) meet ``goal``, by means over seeds."""
     mine = _row(rows, goal.method, goal.memory)
     others = [_row(rows, name, goal.memory) for name in goal.of]
-    if mine is None or any(row is None for row in others):
-        return Verdict()
+    if mine is None or any(row is None for row in others) or mine.get("failed"):
+        return Verdict()  # of the seeds that happened to succeed nothing follows
     ours, theirs = _mean(mine), [_mean(row) for row in others if row is not None]
     if goal.kind == "accuracy":
         return Verdict(ours, ours >= goal.bar)
