@@ -179,6 +179,22 @@ def test_a_setting_that_is_new_had_its_default() -> None:
     assert "setup.training.epochs 10 -> 15" in record.changes(digits, "ewc", then)
 
 
+def test_a_preset_with_another_default_makes_another_row() -> None:
+    digits = table("split-digits")
+    definition = json.loads(json.dumps(digits.definition("recommended")))
+    assert "memory" not in definition["recipe"]
+    assert record.changes(digits, "recommended", definition) == []
+    definition["recipe"]["equal_tasks"] = False
+    assert record.changes(digits, "recommended", definition) == [
+        "recipe.equal_tasks false -> true",
+    ]  # fmt: skip
+    del definition["recipe"]["equal_tasks"]  # a field that came later, one that went
+    definition["recipe"]["gone"] = 1
+    assert record.changes(digits, "recommended", definition) == []
+    del definition["recipe"]  # of before there were any
+    assert record.changes(digits, "recommended", definition) == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -325,6 +341,10 @@ def test_without_a_name_it_lists_the_tables(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["table", "toy", "breaks"]
+    told = json.loads(command("--json")[1])
+    assert [t["table"] for t in told] == ["toy", "breaks"]
+    assert told[1]["needs_data"]
+    assert told[0]["methods"] == [m.name for m in TOY.methods]
 
 
 def test_a_table_from_the_command_line(command: Command, tmp_path: Path) -> None:
@@ -342,6 +362,9 @@ def test_a_table_from_the_command_line(command: Command, tmp_path: Path) -> None
 
 def test_a_failure_is_told(command: Command, tmp_path: Path) -> None:
     args = ("breaks", "--out", tmp_path / "out", "--jobs", "0", "--seeds", "1", "--data", tmp_path)
+    code, out, err = command(*args, "--redo=breaks")
+    assert code == 1
+    assert err.endswith(f"again with: lifelong bench {' '.join(map(str, args))}\n")
     code, out, err = command(*args, "--redo", "breaks")
     assert code == 1
     assert "breaks, seed 0: FAILED, ValueError: no luck in $LIFELONG_DATA" in err

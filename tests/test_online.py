@@ -192,6 +192,17 @@ class TestAgainstThePrior:
             learner.prior(12)
 
 
+def test_predicts_and_learns_in_inference_mode() -> None:
+    x, y = data(4, Bernoulli())
+    learner = LaplaceFilter.of(network(), Bernoulli(), standardise=3)
+    expected = learner.learn(x, y).predict(x)
+    with torch.inference_mode():
+        rows = x.clone()
+        learned = learner.learn(rows, y)
+        assert torch.equal(learned.predict(rows), expected)
+    assert torch.equal(learned.learn(x, y).predict(x), learner.learn(x, y).learn(x, y).predict(x))
+
+
 class TestWhatStaysConstant:
     def test_bytes_and_work_of_a_row(self) -> None:
         """The same at any time. (Of labels that are not Gaussian, Newton's method takes a step
@@ -208,6 +219,8 @@ class TestWhatStaysConstant:
             sizes.add(learner.num_bytes)
         assert len(flops) == len(sizes) == 1
         assert min(flops) > 0
+        plain = LaplaceFilter.of(network(), Gaussian())
+        assert learner.num_bytes == plain.num_bytes + 2 * 3 * 8  # mean and squares
 
     @pytest.mark.parametrize("likelihood", [Gaussian(0.1), Bernoulli()], ids=repr)
     def test_what_is_believed_is_bounded(self, likelihood: Likelihood) -> None:

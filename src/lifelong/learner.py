@@ -118,7 +118,7 @@ class Learner:
         self.seconds = 0.0
         self.gradients = 0  # examples, new and remembered, whose loss was differentiated
         self._initial = copy.deepcopy(model.state_dict())
-        self._finished: list[Mapping[str, Any]] = []  # of "separate": one model per task
+        self.finished: list[Mapping[str, Any]] = []  # of "separate": a model's state for each task
         self._within: dict[str, Any] | None = None  # of an unfinished task
 
     # ---------------------------------------------------------------- verbs
@@ -160,7 +160,7 @@ class Learner:
         """memorise and recall: what follows ``fit`` in ``learn``."""
         start = time.perf_counter()
         if self.prior.recipe.reference == "separate":
-            self._finished.append(copy.deepcopy(self.model.state_dict()))
+            self.finished.append(copy.deepcopy(self.model.state_dict()))
         self.recall(task, self.memorise(task))
         self.seconds += time.perf_counter() - start
 
@@ -394,7 +394,7 @@ class Learner:
         state = {
             "model": self.model.state_dict(),
             "initial": self._initial,
-            "finished": self._finished,
+            "finished": self.finished,
             "prior": self.prior.state_dict(),
             "accuracy": self.accuracy,
             "seconds": self.seconds,
@@ -431,7 +431,7 @@ class Learner:
             )
         self.model.load_state_dict(state["model"])
         self.prior, self._initial = prior, state["initial"]
-        self._finished, self.accuracy = state["finished"], state["accuracy"]
+        self.finished, self.accuracy = state["finished"], state["accuracy"]
         self.seconds, self._within = state["seconds"], state["within"]
         self.gradients = state.get("gradients", 0)
         self.generator.set_state(state["generator"])
@@ -604,10 +604,10 @@ class Learner:
 
     def model_of(self, index: int) -> nn.Module:
         """What answers for task ``index``: the model, or of "separate" a copy with its weights."""
-        if index >= len(self._finished):
+        if index >= len(self.finished):
             return self.model
         model = copy.deepcopy(self.model)
-        model.load_state_dict(self._finished[index])
+        model.load_state_dict(self.finished[index])
         return model
 
     def test(self, task: Task, index: int | None = None) -> Evaluation:

@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -204,8 +204,10 @@ class LaplaceFilter:
     @property
     def num_bytes(self) -> int:
         """What is kept; the same after any number of rows."""
-        kept = (self.start, self.mean, self.covariance, self.weights)
-        return sum(map(nbytes, (*kept, *self.fixed.values())))
+        kept = [self.start, self.mean, self.covariance, self.weights, *self.fixed.values()]
+        if self.scale is not None:
+            kept += [self.scale.mean, self.scale.squares]
+        return sum(map(nbytes, kept))
 
     # ---------------------------------------------------------------- rows
 
@@ -218,8 +220,10 @@ class LaplaceFilter:
 
     def predict_each(self, inputs: Inputs) -> Tensor:
         """(M, B, C): what each member says."""
-        said = [linearised(o.f, o.V, self.likelihood) for o in map(self._seen, _each(inputs))]
-        return torch.stack([law.mean for law in said], dim=1)
+        with torch.inference_mode(False):
+            seen = map(self._seen, _each(_normal(inputs)))
+            said = [linearised(o.f, o.V, self.likelihood) for o in seen]
+            return torch.stack([law.mean for law in said], dim=1)
 
     def learn(self, inputs: Inputs, labels: Tensor) -> LaplaceFilter:
         """The learner after these rows, one after another in their order.
@@ -232,8 +236,10 @@ class LaplaceFilter:
                 f"expected a label for each row, got {len(labels)} labels of {rows(inputs)} rows"
             )
         learner = self
-        for row, y in zip(_each(inputs), labels.split(1), strict=True):
-            learner = learner._learned(row, move(y, self.mean.device))
+        with torch.inference_mode(False):
+            given = zip(_each(_normal(inputs)), _normal(labels).split(1), strict=True)
+            for row, y in given:
+                learner = learner._learned(row, move(y, self.mean.device))
         return learner
 
     def _learned(self, row: Inputs, y: Tensor) -> LaplaceFilter:
@@ -340,6 +346,13 @@ def _each(inputs: Inputs) -> list[Inputs]:
     if rows(inputs) == 1:
         return [inputs]
     return [take(inputs, slice(i, i + 1)) for i in range(rows(inputs))]
+
+
+def _normal(values: Any) -> Any:
+    """Copies that autograd may save, of tensors that were made in inference mode."""
+    if isinstance(values, Mapping):
+        return {name: _normal(x) for name, x in values.items()}
+    return values.clone() if isinstance(values, Tensor) and values.is_inference() else values
 
 
 def _call(model: nn.Module, row: Inputs, trained: Params, fixed: Params) -> Tensor:

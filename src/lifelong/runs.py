@@ -357,7 +357,7 @@ def learn_stream(
 
     matrix = learner.run(stream, folder=folder, on_epoch=on_epoch, on_task=on_task)
     memory = learner.prior.memory
-    networks = sum(nbytes(state) for state in learner._finished)  # of "separate"
+    networks = sum(nbytes(state) for state in learner.finished)  # of "separate"
     return SeedResult(
         seed=seed,
         matrix=matrix.to_list(),

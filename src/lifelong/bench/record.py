@@ -184,8 +184,15 @@ def _config(table: Table, smoke: bool, before: Mapping[str, Any] | None) -> dict
 
 def changes(table: Table, name: str, then: Mapping[str, Any]) -> list[str]:
     """What differs between the definition ``then`` of a row and the table's now; a setting that
-    was not there then had its default."""
+    was not there then had its default. Of a recipe only what both know is compared: a field that
+    came or went since is a change of code, which the cells' revisions tell."""
     now = table.definition(name)
+    recipes = then.get("recipe", {}), now.get("recipe", {})
+    both = recipes[0].keys() & recipes[1].keys()
+    then, now = (
+        {**d, "recipe": {k: r[k] for k in sorted(both)}}
+        for d, r in zip((then, now), recipes, strict=True)
+    )
     if is_dataclass(table.run) and not isinstance(table.run, type):
         then = {**then, "setup": _filled(then["setup"], defaults(table.run))}
     return differences(then, now)

@@ -121,6 +121,11 @@ class StreamRun:
         given = arguments(method.preset, method.settings, memory, num_tasks)
         return PRESETS[method.preset](Categorical(), **given)
 
+    def recipe(self, method: Method) -> dict[str, Any]:
+        """What the row's preset and settings come to, but for how many examples are kept."""
+        recipe = self.prior_of(method, memory=1, num_tasks=1).recipe.to_dict()
+        return {name: value for name, value in recipe.items() if name != "memory"}
+
     def training_of(self, method: Method, smoke: bool = False) -> Training:
         """The table's training with the method's changes."""
         training = replace(self.training, **method.training)
@@ -455,7 +460,7 @@ def measured(
     if jointly:
         examples = sum(map(len, stream))
         size = sum(len(task) * _size(task.train) for task in stream)
-    networks = sum(nbytes(state) for state in learner._finished)  # of "separate"
+    networks = sum(nbytes(state) for state in learner.finished)  # of "separate"
     found = [learner.test(task) for task in stream]
     return {
         "accuracy": matrix.average_accuracy,

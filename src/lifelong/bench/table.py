@@ -133,7 +133,8 @@ class Table:
     that it can be sent to another process, and a dataclass's fields are recorded as the table's
     set-up. If it has a method ``shared`` of the same arguments, that gives the path of what the
     cell makes in the cache for others too, or None: two that would make the same are not begun
-    together. Numbers are averaged over seeds in the record. smoke: fields of the table that differ
+    together; if it has a method ``recipe`` of a Method, that gives the plain values that its row is
+    made by. Numbers are averaged over seeds in the record. smoke: fields of the table that differ
     in its tiny version (``context.smoke`` tells ``run``).
 
     Raises ValueError where two rows have one name (or names that make one file name), or where a
@@ -195,13 +196,20 @@ class Table:
                     yield Cell(self.name, method.name, memory, seed)
 
     def definition(self, name: str) -> dict[str, Any]:
-        """What decides the numbers of a row, in plain values: the same again, or another row."""
+        """What decides the numbers of a row, in plain values: the same again, or another row.
+
+        With ``recipe``, what the preset's settings and its defaults come to, where the table's
+        ``run`` tells: a default that changes makes another row, too.
+        """
         method = self.method(name)
-        row = {
+        row: dict[str, Any] = {
             "preset": method.preset,
             "settings": dict(method.settings),
             "training": dict(method.training),
         }
+        recipe = getattr(self.run, "recipe", None)
+        if recipe is not None:
+            row["recipe"] = recipe(method)
         return plain({**row, "setup": self.setup})
 
     @property

@@ -99,7 +99,10 @@ def bench(args: list[str]) -> int:
         given = [n for n in ("methods", "memories", "seeds", "out", "redo") if getattr(flags, n)]
         if given:
             raise UsageError(f"which table? --{given[0]} is of one; lifelong bench lists them")
-        list_tables(tables())
+        if flags.json:
+            sys.stdout.write(json.dumps([_told(t) for t in tables().values()]) + "\n")
+        else:
+            list_tables(tables())
         return 0
     chosen = table(flags.name)
     data = flags.data or _data_from_environment()
@@ -161,6 +164,8 @@ def _again(args: list[str]) -> str:
     kept: list[str] = []
     dropping = False
     for word in args:
+        if word.startswith("--redo="):
+            continue
         dropping = word == "--redo" or (dropping and not word.startswith("-"))
         if not dropping:
             kept.append(word)
@@ -168,6 +173,18 @@ def _again(args: list[str]) -> str:
 
 
 # What is shown ------------------------------------------------------------------------------------
+
+
+def _told(table: Table) -> dict[str, Any]:
+    """What ``list_tables`` shows, and the names of the rows, for programs."""
+    return {
+        "table": table.name,
+        "title": table.title,
+        "methods": [m.name for m in table.methods],
+        "memories": list(table.memories),
+        "seeds": table.seeds,
+        "needs_data": table.needs_data,
+    }
 
 
 def list_tables(known: Mapping[str, Table]) -> None:

@@ -159,8 +159,9 @@ def parquet(context: Context, stem: str) -> dict[str, list[Any]]:
 
 
 def cached(context: Context, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` returns, made once for all cells, again where its code has changed."""
-    code = hashlib.sha256(Path(embeddings.__file__).read_bytes()).hexdigest()[:8]
+    """What ``make`` returns, made once for all cells, again of other data or by other code."""
+    of = str(context.data).encode() + Path(embeddings.__file__).read_bytes()
+    code = hashlib.sha256(of).hexdigest()[:8]
     path = context.cache / f"{name}-{code}.safetensors"
     with held(path.with_suffix(".lock")):
         if not path.is_file():
