@@ -198,6 +198,10 @@ def test_first_is_among_rows_of_the_same_memory_and_without() -> None:
     behind = [*ROWS, row("other", 10, 0.91)]
     assert judge(Goal("ours", 10, kind="first"), behind) == Verdict(pytest.approx(-1.0), False)
     assert judge(Goal("missing", 10, kind="first"), ROWS) == Verdict()
+    variant = [*ROWS, row("ours, other settings", 10, 0.92, preset="ours")]
+    assert judge(Goal("ours", 10, kind="first"), variant) == Verdict(0.0, True)
+    other = [*ROWS, row("theirs, other settings", 10, 0.92, preset="theirs")]
+    assert judge(Goal("ours", 10, kind="first"), other) == Verdict(pytest.approx(-2.0), False)
 
 
 @pytest.mark.parametrize(

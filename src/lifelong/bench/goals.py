@@ -39,10 +39,7 @@ def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
             return Verdict()
         closed = 100 * (ours - theirs[0]) / (theirs[1] - theirs[0])
         return Verdict(closed, closed >= goal.bar)
-    best = max(
-        (r for r in rows if _done(r) and r["memory"] in (0, goal.memory) and not _yardstick(r)),
-        key=_mean,
-    )
+    best = max((mine, *_others(rows, mine, goal.memory)), key=_mean)
     return Verdict(ours - _mean(best), _mean(best) - ours <= max(_error(mine), _error(best)))
 
 
@@ -78,12 +75,28 @@ def _row(rows: Sequence[Row], method: str, memory: int) -> Row | None:
     return found.get(memory, found.get(0))
 
 
+def _others(rows: Sequence[Row], mine: Row, memory: int) -> list[Row]:
+    """Those that ``mine`` is to be first among: at its memory or none, of other presets."""
+    return [
+        row
+        for row in rows
+        if _done(row)
+        and row["memory"] in (0, memory)
+        and not _yardstick(row)
+        and _preset(row) != _preset(mine)
+    ]
+
+
+def _preset(row: Row) -> str:
+    return row.get("preset", row["method"])
+
+
 def _done(row: Row) -> bool:
     return "accuracy" in row
 
 
 def _yardstick(row: Row) -> bool:
-    return row.get("preset", row["method"]) in YARDSTICKS
+    return _preset(row) in YARDSTICKS
 
 
 def _mean(row: Row) -> float:

@@ -74,7 +74,8 @@ class Goal:
           "above"     at least ``bar`` points above the best of the rows ``of``
           "gap"       closes at least ``bar`` % of the gap from the row of[0] to the row of[1]
           "first"     first, or within one standard error of first, among the rows of the same
-                      memory or none; yardsticks (joint, separate) take no part
+                      memory or none; yardsticks (joint, separate) and the same preset with other
+                      settings take no part
     why: what it is measured against, in words.
     """
 
