@@ -141,7 +141,7 @@ def _changed(table: Table, name: str, config: Mapping[str, Any]) -> bool:
     then = config["methods"].get(name)
     if then is None:
         return False
-    definition = {k: then[k] for k in table.definition(name) if k != "setup"}
+    definition = {k: then[k] for k in table.definition(name) if k in then}  # once without a recipe
     return bool(record.changes(table, name, {**definition, "setup": config["setup"]}))
 
 
