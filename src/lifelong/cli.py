@@ -1,4 +1,4 @@
-"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt`` and ``memory``.
+"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt``, ``plan``, ``memory``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more
 (``| head``). Only this module and ``commands.bench`` read the environment
@@ -22,6 +22,7 @@ from .commands.bench import bench
 from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
+from .commands.plan import plan
 from .config import (
     DemoFlags,
     Experiment,
@@ -43,6 +44,7 @@ commands:
   run          train one method on one benchmark, and keep settings, results and checkpoints
   bench        compute a table of methods at equal memory, and keep a record
   adapt        change a saved run: add or remove examples, regularise, another network
+  plan         estimate memory, time and price of a long run before it starts
   memory       look into a memory on disk; drop, restore and forget examples
   certificate  check a certificate of unlearning, or make a key to sign with
 
@@ -117,6 +119,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "bench": bench,
         "adapt": _adapt,
         "memory": memory,
+        "plan": plan,
         "certificate": certificate,
     }
     name, *rest = args
@@ -225,19 +228,19 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
     if new:
         runs.require_free(folder)
     torch.set_num_threads(config.training.threads)
-    plan = runs.prepare(config)
+    prepared = runs.prepare(config)
     if new:
-        runs.create(plan, folder)
+        runs.create(prepared, folder)
     try:
-        with run_progress(plan, quiet=output.quiet) as watch:
-            summary = runs.execute(plan, folder, watch)
+        with run_progress(prepared, quiet=output.quiet) as watch:
+            summary = runs.execute(prepared, folder, watch)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nInterrupted. Go on with: {runs.resume_command(folder)}\n")
         return 130
     if output.json:
         sys.stdout.write(json.dumps({**summary, "out": str(folder)}, allow_nan=False) + "\n")
     else:
-        run_table(plan, summary, folder)
+        run_table(prepared, summary, folder)
     return 0
 
 

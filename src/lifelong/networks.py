@@ -7,11 +7,18 @@ with autocast to bfloat16 is three times as fast on processors that multiply mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .planning import Network
 
 
 class Pixels(nn.Module):
@@ -119,3 +126,205 @@ def strided_vgg(outputs: int) -> nn.Sequential:
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Linear(256 * 4 * 4, 512), nn.ReLU(), nn.Linear(512, outputs)
     )
+
+
+# Residual networks --------------------------------------------------------------------------------
+
+Norm = Literal["group", "batch", "frozen"]
+
+
+class Frozen(nn.BatchNorm2d):
+    """Batch normalisation by its running statistics, in training too: a fixed affine map."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+def normalisation(channels: int, norm: Norm) -> nn.Module:
+    """A layer on (B, channels, H, W). Raises ValueError for a name that is none."""
+    if norm == "group":
+        return nn.GroupNorm(min(32, channels), channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "frozen":
+        return Frozen(channels)
+    raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+
+
+class Residual(nn.Module):
+    """relu(x' + conv, norm, relu, conv, norm); with ``bottleneck`` three convolutions of 1, 3 and 1.
+
+    x' is x, or where the shapes differ its 1 x 1 convolution of that stride, normalised.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, stride: int, norm: Norm, *, bottleneck: bool = False
+    ) -> None:
+        super().__init__()
+        outputs = 4 * width if bottleneck else width
+        # (kernel, stride, out); the stride of a bottleneck is in its 3 x 3 convolution.
+        plain = ((3, stride, width), (3, 1, width))
+        narrow = ((1, 1, width), (3, stride, width), (1, 1, outputs))
+        wide = inputs
+        self.depth = 3 if bottleneck else 2
+        for i, (kernel, step, out) in enumerate(narrow if bottleneck else plain, start=1):
+            conv = nn.Conv2d(wide, out, kernel, step, padding=kernel // 2, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", normalisation(out, norm))
+            wide = out
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), normalisation(outputs, norm)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = x
+        for i in range(1, self.depth + 1):
+            branch = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(branch))
+            branch = branch.relu() if i < self.depth else branch
+        return (branch + (x if self.downsample is None else self.downsample(x))).relu()
+
+
+class ResNet(nn.Module):
+    """Residual network for large images (He et al. 2016): (B, 3, H, W) to (B, outputs).
+
+    7 x 7 convolution of stride 2, max pooling, four stages of residual blocks with 64, 128, 256 and
+    512 channels, each after the first at half the resolution; the mean over places, then a linear
+    layer. Parameters are named as in torchvision, whose weights load (``norm="frozen"``, or
+    ``strict=False`` for "group", which has no running statistics).
+
+    norm: "group" (Wu & He 2018), the default here, is the same function in training and evaluation,
+    of each image by itself. Batch normalisation's running statistics are a part of the past that no
+    prior protects: while a new task is learned they move to its images, and all that was learned
+    before is read through them; new and remembered examples also need two passes (docs/gotchas.md).
+    "batch" is as published; "frozen" keeps the statistics of pretrained weights.
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        *,
+        bottleneck: bool = False,
+        norm: Norm = "group",
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.pixels = Pixels(*IMAGENET)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = normalisation(width, norm)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        inputs = width
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                stride, channels = (2 if stage and i == 0 else 1), width * 2**stage
+                blocks.append(Residual(inputs, channels, stride, norm, bottleneck=bottleneck))
+                inputs = channels * (4 if bottleneck else 1)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.stages = len(depths)
+        self.fc = nn.Linear(inputs, outputs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.bn1(self.conv1(self.pixels(x))).relu())
+        for stage in range(self.stages):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet18(outputs: int, *, norm: Norm = "group") -> ResNet:
+    """11,689,512 parameters with 1000 outputs, 3.6e9 operations for 224 x 224 pixels."""
+    return ResNet(outputs, norm=norm)
+
+
+def resnet50(outputs: int, *, norm: Norm = "group") -> ResNet:
+    """25,557,032 parameters with 1000 outputs, 8.2e9 operations for 224 x 224 pixels."""
+    return ResNet(outputs, (3, 4, 6, 3), bottleneck=True, norm=norm)
+
+
+# By name, for ``lifelong plan``: how one is made, and the shape of an image.
+NETWORKS: Mapping[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = MappingProxyType(
+    {
+        "mlp": (lambda outputs: mlp(784, 256, 256, outputs), (1, 28, 28)),
+        "cifarnet": (cifarnet, (3, 32, 32)),
+        "small_vgg": (small_vgg, (3, 64, 64)),
+        "strided_vgg": (strided_vgg, (3, 64, 64)),
+        "resnet18": (resnet18, (3, 224, 224)),
+        "resnet50": (resnet50, (3, 224, 224)),
+    }
+)
+
+
+# Counting and timing them -------------------------------------------------------------------------
+
+
+def counted(
+    name: str, make: Callable[[], nn.Module], shape: Sequence[int], input_bytes: float | None = None
+) -> Network:
+    """What the cost model needs of a network, by a forward pass that computes nothing (on torch's
+    meta device): operations of products and convolutions, and the numbers that its layers put out,
+    which is what a training step keeps.
+
+    make: makes the network; shape: of one input. input_bytes: by default a byte for each number.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = make()
+        x = torch.empty(1, *shape)
+    kept = 0
+
+    def keep(module: nn.Module, args: object, out: Tensor) -> None:
+        nonlocal kept
+        kept += out.numel()
+
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        outputs = model(x).shape[1]
+    for hook in hooks:
+        hook.remove()
+    return Network(
+        name,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        flops=counter.get_total_flops(),
+        input_bytes=math.prod(shape) if input_bytes is None else input_bytes,
+        outputs=outputs,
+        activations=kept,
+        buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+    )
+
+
+def measured(
+    model: nn.Module, shape: Sequence[int], *, batch: int = 8, steps: int = 3
+) -> tuple[float, float]:
+    """(examples a second in training, bytes a second of sums over vectors), on the model's device:
+    the fastest of a few steps, after one that is not timed."""
+    device = next(model.parameters()).device
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, *shape, generator=g).to(device)
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+    weights = list(model.parameters())
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def fastest(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        for _ in range(steps):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def train() -> object:
+        return torch.autograd.grad(nn.functional.cross_entropy(model(x), y), weights)
+
+    a, b = (torch.ones(4_000_000, device=device) for _ in range(2))
+    return batch / fastest(train), 3 * 4 * a.numel() / fastest(lambda: a.add_(b))
