@@ -73,8 +73,8 @@ $(VENV)/.dev: $(PINS)
 	@touch $@
 
 $(VENV)/.integrations: $(VENV)/.dev
-	@echo "== installing the frameworks that are integrated, about 400 MB"
-	@$(PIP) --editable '.[dev,hf]' --constraint $(PINS)
+	@echo "== installing the frameworks that are integrated, about 700 MB"
+	@$(PIP) --editable '.[dev,hf,avalanche]' --constraint $(PINS)
 	@touch $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-EXTRAS = {"transformers": ("transformers", "hf")}
+EXTRAS = {"transformers": ("transformers", "hf"), "avalanche": ("avalanche", "avalanche")}
 
 
 @pytest.mark.parametrize("module", EXTRAS)
