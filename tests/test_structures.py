@@ -705,8 +705,8 @@ def test_eigenvectors_by_singular_vectors_where_lapack_gives_up(monkeypatch):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_the_positive_part_of_a_difference(diagonal: bool) -> None:
-    """Positive semi-definite, of no smaller trace than the difference; a product that is positive is its
-    own, also as a difference of two with a common factor."""
+    """Positive semi-definite, of no smaller trace than the difference; a product that is positive
+    is its own, also as a difference of two with a common factor."""
     one, other = kronecker(0, groups=2), kronecker(1, groups=2)
     if diagonal:
         one, other = (
