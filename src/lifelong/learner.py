@@ -28,7 +28,17 @@ from .data import Examples, Head, head_mask
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, Evaluation, evaluate
-from .models import Inputs, evaluating, forward, move, parameters, require_finite, rows, snapshot
+from .models import (
+    Inputs,
+    evaluating,
+    forward,
+    move,
+    multiplies_bfloat16,
+    parameters,
+    require_finite,
+    rows,
+    snapshot,
+)
 from .path import PathIntegral
 from .prior import Prior
 from .refit import Refit, refit, steps_of_removal
@@ -69,9 +79,8 @@ class Learner:
     task. scheduler: (optimizer, number of steps) -> a scheduler stepped after each batch.
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
-    renew: steps after which a curvature that is more than a diagonal is multiplied with the weights
-    again (``Prior.near``): 4 is cheaper, and stable only where a step is below about a quarter of
-    the largest stable one (as Adam's usual ones are); 1 does so in every step.
+    curvature_dtype: of products with Kronecker factors in training (``Prior.rounded``); "auto" is
+    bfloat16 for a float32 model where the processor multiplies that faster, None rounds nothing.
     augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
     task that makes fewer in ``epochs`` passes gets more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
@@ -91,7 +100,7 @@ class Learner:
         autocast: torch.dtype | None = None,
         augment: Augment | None = None,
         min_steps: int = 0,
-        renew: int = 1,
+        curvature_dtype: torch.dtype | Literal["auto"] | None = "auto",
         seed: int = 0,
     ) -> None:
         if epochs < 1 or batch_size < 1:
@@ -104,15 +113,17 @@ class Learner:
             )
         if min_steps < 0:
             raise ValueError(f"min_steps must be at least 0, got {min_steps}")
-        if renew < 1:
-            raise ValueError(f"renew must be at least 1, got {renew}")
+        if isinstance(curvature_dtype, str) and curvature_dtype != "auto":
+            raise ValueError(
+                f'curvature_dtype must be a dtype, "auto" or None, got {curvature_dtype!r}'
+            )
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
         self.model, self.prior = model, prior
         self.optimizer, self.scheduler = optimizer or adam(), scheduler
         self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
         self.clip, self.autocast = clip, autocast
-        self.augment, self.min_steps, self.renew = augment, min_steps, renew
+        self.augment, self.min_steps, self.curvature_dtype = augment, min_steps, curvature_dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
@@ -473,6 +484,7 @@ class Learner:
                 if path is not None:
                     path.load_state_dict(within["path"])
                 first, start = within["epoch"], start - within["seconds"]
+            prior = self._rounded(prior, params)
             with path if path is not None else nullcontext():
                 for epoch in range(first, epochs):
                     loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
@@ -545,10 +557,7 @@ class Learner:
         total = 0.0
         remembered = 0 if pool is not None else prior.num_drawn(self.memory_batch_size)
         order = torch.randperm(count, generator=self.generator)
-        whole = prior
-        for step, index in enumerate(order.split(self.batch_size)):
-            if self.renew > 1 and step % self.renew == 0:
-                prior = whole.near(self.model)
+        for index in order.split(self.batch_size):
             optimizer.zero_grad(set_to_none=True)
             with self._precision(device):
                 if pool is None:
@@ -588,6 +597,15 @@ class Learner:
 
     def _precision(self, device: torch.device) -> Any:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _rounded(self, prior: Prior, params: Sequence[nn.Parameter]) -> Prior:
+        """The prior as the steps of training see it."""
+        dtype = self.curvature_dtype
+        if isinstance(dtype, str):
+            single = all(p.dtype == torch.float32 for p in params)
+            faster = single and multiplies_bfloat16(params[0].device.type)
+            dtype = torch.bfloat16 if faster else None
+        return prior if dtype is None else prior.rounded(dtype)
 
     def _pool(self, data: Examples) -> MemoryTerm:
         """All examples so far, each under its own head: what joint training trains on."""

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from . import divergences
-from .curvature import Curvature, Diagonal
+from .curvature import BlockDiagonal, Curvature, Diagonal, Kronecker
 from .curvature import from_state_dict as curvature_from_state_dict
+from .curvature.block_diagonal import is_rounded
 from .data import Head
 from .divergences import KL, Divergence
 from .groups import Groups
@@ -166,6 +167,7 @@ class _Form(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, curvature: Curvature, names: tuple[str, ...], *d: Tensor) -> Tensor:
         slope = curvature.mv(dict(zip(names, d, strict=True)))
+        slope = {n: slope[n].to(x.dtype) for n, x in zip(names, d, strict=True)}
         ctx.curvature, ctx.names, ctx.slope = curvature, names, slope
         ctx.save_for_backward(*d)
         return 0.5 * torch.stack([_dot(x, slope[n]) for n, x in zip(names, d, strict=True)]).sum()
@@ -227,29 +229,11 @@ class WeightTerm:
         values = self.curvature.values if isinstance(self.curvature, Diagonal) else {}
         return {n: Part(a, g.get(n), values.get(n)) for n, a in self.anchor.items()}
 
-    def near(self, model: nn.Module) -> WeightTerm:
-        r"""The quadratic of the same value, gradient and diagonal at the model's weights, but no
-        more of G than its diagonal from there on; itself where G is diagonal anyway.
-
-        A step of training moves the weights by little, so that a product with G in every step
-        tells nearly the same again and again: a few steps with ``near`` cost what a diagonal
-        costs, and where it is asked for again in time they end where the term itself would.
-        """
-        if self.curvature is None or isinstance(self.curvature, Diagonal):
+    def rounded(self, dtype: torch.dtype) -> WeightTerm:
+        """With the Kronecker factors of G in ``dtype``, for training; itself where G has none."""
+        if not isinstance(self.curvature, BlockDiagonal | Kronecker):
             return self
-        params = {n: p.detach() for n, p in match(model, self.anchor).items()}
-        slope = self.slope(params)
-        # <d, g> + ½ <d, G d> = ½ <d, g + slope>
-        d = {n: p - self.anchor[n] for n, p in params.items()}
-        constant = sum(_dot(x, slope[n]) for n, x in d.items())
-        if self.gradient is not None:
-            constant = constant + sum(_dot(x, self.gradient[n]) for n, x in d.items())
-        anchor = {n: p.clone() for n, p in params.items()}
-        return Near(anchor, slope, self._diagonal, constant=0.5 * constant, origin=self.anchor)
-
-    @cached_property
-    def _diagonal(self) -> Diagonal | None:
-        return None if self.curvature is None else Diagonal(self.curvature.diagonal())
+        return replace(self, curvature=self.curvature.rounded(dtype))
 
     def slope(self, params: Mapping[str, Tensor]) -> Params:
         """Its gradient g + G d at other weights."""
@@ -277,25 +261,6 @@ class WeightTerm:
         curvature = 0 if self.curvature is None else self.curvature.num_bytes
         groups = 0 if self.groups is None else self.groups.num_bytes
         return nbytes(self.anchor) + nbytes(self.gradient) + curvature + groups
-
-
-@dataclass(frozen=True, eq=False)
-class Near(WeightTerm):
-    """What ``WeightTerm.near`` gives: for some steps of training, not to be kept.
-
-    constant: the value of the whole term at its anchor; origin: the whole term's anchor.
-    """
-
-    constant: Tensor | float = 0.0
-    origin: Params | None = None
-
-    def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
-        return super().value(params, parts) + self.constant
-
-    def __mul__(self, factor: float) -> Near:
-        return replace(super().__mul__(factor), constant=factor * self.constant)  # type: ignore[return-value,call-arg]
-
-    __rmul__ = __mul__
 
 
 @dataclass(frozen=True, eq=False)
@@ -619,11 +584,11 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
 def term_state(term: Any) -> dict[str, Any]:
     """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it.
 
-    Raises TypeError for a term of the user's own, and for what ``near`` gives.
+    Raises TypeError for a term of the user's own, and for what ``rounded`` gives.
     """
-    if isinstance(term, Near):
+    if isinstance(term, WeightTerm) and is_rounded(term.curvature):
         raise TypeError(
-            "a prior for a few steps of training (Prior.near) is not to be kept; save the prior "
+            "a rounded prior (Prior.rounded) is for training and not to be kept; save the prior "
             "that it was made of"
         )
     if isinstance(term, Regulariser):
