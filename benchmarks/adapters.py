@@ -507,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
         tiny = tiny if args.tiny else {}
         setting = Texts(**tiny, **changes)
         name = f"texts_{args.strength}"
-    name += f"_lr-{setting.lr:g}" if args.validate else ""
+    name += f"_lr-{setting.lr:g}" if args.validate or args.lr is not None else ""
     name += f"_seed-{args.seed}"
     if (args.out / "cells" / f"{name}.json").is_file():
         return
@@ -515,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
         found = intents(setting, args.method, args.seed, split, data, strength)
     else:
         found = texts(setting, strength, args.seed, split, data, args.out)
-    cell(args.out, name, found, setting)
+    cell(args.out, name, {**found, "lr": setting.lr}, setting)
 
 
 if __name__ == "__main__":
