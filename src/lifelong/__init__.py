@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         kronecker_curvature,
         low_rank_curvature,
     )
-    from .data import Examples
+    from .data import Examples, shard
     from .divergences import KL, Logit
     from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import (
@@ -178,6 +178,7 @@ __all__ = [
     "rotated",
     "sensitivities",
     "separate",
+    "shard",
     "si",
     "split_by_class",
     "variance_from_optimizer",
@@ -207,7 +208,7 @@ _MODULES = {
         "kronecker_curvature",
         "low_rank_curvature",
     ),
-    "data": ("Examples",),
+    "data": ("Examples", "shard"),
     "divergences": (
         "KL",
         "Logit",

@@ -38,15 +38,15 @@ from .curvature.follow import follow
 from .data import (
     BATCH_SIZE,
     Data,
-    Examples,
     Head,
-    as_data,
-    batches,
+    Shard,
+    every_label,
     head_mask,
     head_of,
     num_examples,
     require_repeatable,
 )
+from .distributed import Ranks
 from .divergences import Logit
 from .errors import ClippedWarning, StaleAnchorError
 from .groups import Groups
@@ -493,6 +493,10 @@ class Prior:
             recipe = replace(recipe, curvature_examples=None)
         require_repeatable(data)
         self._require_anchor(model)
+        if isinstance(data, Shard):
+            self._require_one(data.ranks, model)
+            if groups is not None:
+                raise ValueError("groups are of one process's data; expected plain data with them")
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
         if recipe.equal_tasks:  # as ``prepare`` did, if it was called
             past = past._equal_tasks(num_examples(data))
@@ -574,6 +578,13 @@ class Prior:
             jitter=recipe.jitter,
             strength=recipe.soft * (task_size if recipe.population else 1.0),
         )
+
+    def _require_one(self, ranks: Ranks, model: nn.Module) -> None:
+        """Raise ValueError where ranks come with different weights or different pasts."""
+        sums = [p.detach().double().sum().item() for p in parameters(model).values()]
+        ranks.require_same("weights of the model (their sums)", [round(x, 6) for x in sums])
+        past = (self.recipe.to_dict(), self.num_data, self.num_tasks, self.num_bytes)
+        ranks.require_same("prior", past)
 
     def _require_anchor(self, model: nn.Module) -> None:
         """The model is the one that the prior knows, and its weights are numbers."""
@@ -1001,10 +1012,7 @@ def _population(items: Memory, data: Data, available: int, recipe: Recipe) -> Te
     labels = items.labels
     if not recipe.by_class or labels.ndim != 1 or labels.is_floating_point():
         return even
-    data = as_data(data)
-    whole = isinstance(data, Examples)
-    every = data.labels if whole else torch.cat([batch.labels for batch in batches(data)])
-    return select.represented(labels, every.to(labels.device)).to(even)
+    return select.represented(labels, every_label(data).to(labels.device)).to(even)
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:
