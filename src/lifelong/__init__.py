@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .function_space import function_covariance, function_kernel
     from .kernel_methods import Hinge, KernelMachine, KernelPrior
     from .learner import Learner
-    from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+    from .likelihoods import Bernoulli, Categorical, Gaussian, NextTokens, Poisson
     from .memory import Memory, memorise
     from .metrics import AccuracyMatrix, evaluate, prequential
     from .models import evaluating, widen
@@ -118,6 +118,7 @@ __all__ = [
     "Memory",
     "MemoryStore",
     "MemoryTerm",
+    "NextTokens",
     "NonFiniteError",
     "NotConvergedError",
     "NotRepeatableError",
@@ -237,6 +238,7 @@ _MODULES = {
         "Bernoulli",
         "Categorical",
         "Gaussian",
+        "NextTokens",
         "Poisson",
     ),
     "memory": (

@@ -190,7 +190,8 @@ def num_examples(data: Data) -> int:
     data = as_data(data)
     if isinstance(data, DataLoader):
         whole = type(data.sampler) is SequentialSampler and data.batch_size and not data.drop_last
-        data = data.dataset if whole else data
+        if whole and hasattr(data.dataset, "__len__"):  # a Dataset, a list, a table of datasets'
+            return len(data.dataset)  # type: ignore[arg-type]
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         return len(data)  # type: ignore[arg-type]
     return sum(len(batch.labels) for batch in batches(data))
