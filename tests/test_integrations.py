@@ -14,6 +14,7 @@ import pytest
 EXTRAS = {
     "transformers": ("transformers", "hf"),
     "avalanche": ("avalanche", "avalanche"),
+    "lightning": ("lightning", "lightning"),
     "sklearn": ("sklearn", "sklearn"),
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 import warnings
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -326,3 +328,12 @@ def test_the_callers_arrays_and_random_state_are_left_alone() -> None:
     assert float(learned.prior_.memory.inputs.abs().sum()) > 0
     LifelongRegressor((4,), max_iter=5).fit(X, y)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parent.parent / "examples" / "integrations" / "sklearn_stream.py"
+    assert len(path.read_text().splitlines()) < 120
+    accuracy = runpy.run_path(str(path))["main"](memory=100)
+    assert sorted(accuracy) == accuracy
+    assert accuracy[-1] > 0.85
+    assert "forgotten" in capsys.readouterr().out
