@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import runpy
 import warnings
 from itertools import pairwise
@@ -337,3 +338,19 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(accuracy) == accuracy
     assert accuracy[-1] > 0.85
     assert "forgotten" in capsys.readouterr().out
+
+
+def test_the_page_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "integrations" / "scikit-learn.md"
+    X, y = classes(60)
+    values = {"lifelong": lifelong, "X": X[:45], "y": y[:45] % 2, "X_new": X[45:], "y_new": y[45:]}
+    values |= {"Y": X[:45] @ np.ones(3), "Y_new": X[45:] @ np.ones(3)}
+    found = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for code in found:
+        exec(code, values)
+    assert len(found) == 3
+    assert values["classifier"].n_seen_ == 60
+    assert values["classifier"].prior_.num_data == 56
+    assert error(values["regressor"], LifelongRegressor().fit(values["X"], values["Y"])) < 1e-6
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -390,3 +391,19 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) < 120
     accuracy = runpy.run_path(str(path))["main"](num_tasks=2, epochs=10, folder=tmp_path)
     assert min(accuracy) > 0.7
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "integrations" / "lightning.md").read_text()
+    names = {"lifelong": lifelong, "torch": torch, "Trainer": Trainer, "Fabric": Fabric}
+    names |= {"DataLoader": DataLoader, "tasks": [task(1), task(2)], "folder": tmp_path}
+    names |= {"module": Module(), "network": network()}
+    options: dict[str, Any] = {"max_epochs": 1, "logger": False, "accelerator": "cpu"}
+    options |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    names["options"] = {**options, "default_root_dir": tmp_path}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(code, names)
+    assert names["callback"].prior.num_tasks == 2
+    assert names["prior"].num_tasks == 1
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "LifelongCallback" in saved["callbacks"]
