@@ -2,6 +2,7 @@
 
     python -m benchmarks.estimators --out DIR [--seeds 5]
 
+Results are written after each method, so that the same command goes on where it was stopped.
 Data that scikit-learn bundles: digits (two new classes in each batch) and breast cancer (the
 benign rows come after the malignant ones). A quarter is the test, drawn anew with each seed,
 stratified. Features are scaled by the training rows' mean and deviation, the same for all. Nothing
@@ -119,10 +120,14 @@ def main() -> None:
     config = {"seeds": options.seeds, "data": options.only, "batches": BATCHES, "test": 0.25}
     _dump(options.out / "config.json", config)
     _dump(options.out / "versions.json", found)
-    results = []
-    with (options.out / "log.txt").open("w") as log:
+    path = options.out / "result.json"
+    results = json.loads(path.read_text()) if path.exists() else []
+    done = {(row["data"], row["method"]) for row in results}
+    with (options.out / "log.txt").open("a") as log:
         for name in options.only:
             for method in METHODS:
+                if (name, method) in done:
+                    continue
                 runs = [measure(name, method, seed) for seed in range(options.seeds)]
                 results.append({"data": name, "method": method, "runs": runs})
                 cells = [f"{np.mean([r[k] for r in runs]):.4g}" for k in runs[0]]
@@ -130,7 +135,7 @@ def main() -> None:
                 line = f"{name} | {method} | {' | '.join(cells)} | ± {spread}"
                 print(line, flush=True)
                 log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}\n")
-    _dump(options.out / "result.json", results)
+                _dump(path, results)
 
 
 def _dump(path: Path, value: Any) -> None:
