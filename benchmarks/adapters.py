@@ -48,8 +48,9 @@ class Intents:
     domains: tuple[int, ...] = (0, 1, 2, 3, 4)
     per_class: int = 20
     test_per_class: int = 15
-    length: int = 20
+    length: int = 16
     rank: int = 8
+    layers: tuple[int, ...] = (4, 5)  # the last two of six have adapters
     epochs: int = 3
     batch_size: int = 16
     lr: float = 5e-3
@@ -63,8 +64,8 @@ class Texts:
 
     domain: int = 2
     length: int = 24
-    sequences: int = 240
-    test_sequences: int = 100
+    sequences: int = 160
+    test_sequences: int = 60
     rank: int = 4
     batch_size: int = 8
     lr: float = 1e-3
@@ -116,10 +117,19 @@ def learn(
     return trainer
 
 
-def adapted(model: Any, rank: int, kind: str, targets: list[str]) -> Any:
+def adapted(
+    model: Any, rank: int, kind: str, targets: list[str], layers: tuple[int, ...] | None = None
+) -> Any:
+    """LoRA in the projections ``targets`` of some layers, None for all."""
     import peft  # pyright: ignore[reportMissingImports]
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=kind)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=targets,
+        layers_to_transform=None if layers is None else list(layers),
+        task_type=kind,
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -214,7 +224,8 @@ def _intents(
     network = hf.AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=15 * len(setting.domains)
     )
-    return train, test, adapted(network, setting.rank, "SEQ_CLS", ["query", "value"])
+    targets = ["query", "value"]
+    return train, test, adapted(network, setting.rank, "SEQ_CLS", targets, setting.layers)
 
 
 def read(data: Path, split: str) -> list[dict[str, Any]]:
@@ -496,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
         tiny = tiny if args.tiny else {}
         setting = Texts(**tiny, **changes)
         name = f"texts_{args.strength}"
-    name += f"_lr-{setting.lr:g}" if args.validate else ""
+    name += f"_lr-{setting.lr:g}" if args.validate or args.lr is not None else ""
     name += f"_seed-{args.seed}"
     if (args.out / "cells" / f"{name}.json").is_file():
         return
@@ -504,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
         found = intents(setting, args.method, args.seed, split, data, strength)
     else:
         found = texts(setting, strength, args.seed, split, data, args.out)
-    cell(args.out, name, found, setting)
+    cell(args.out, name, {**found, "lr": setting.lr}, setting)
 
 
 if __name__ == "__main__":

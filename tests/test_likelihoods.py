@@ -423,6 +423,8 @@ def test_next_tokens_are_a_sum_over_tokens(seed: int) -> None:
     pairs = zip(f_ref.view(4, L, V).unbind(1), each.unbind(1), strict=True)
     close(likelihood.kl(f_ref, f), torch.stack([Categorical().kl(a, b) for a, b in pairs]).sum(0))
     close(likelihood.mean(f).view(4, L, V), each.softmax(-1))
+    traces = [Categorical().hessian_trace(each[:, t]) for t in range(L)]
+    close(likelihood.hessian_trace(f), torch.stack(traces).sum(0))
 
 
 def test_drawn_tokens_follow_their_probabilities() -> None:
@@ -448,5 +450,9 @@ def test_tokens_that_do_not_fit() -> None:
         likelihood.validate(f, torch.full_like(y, -1))
     with pytest.raises(ValueError, match="NextTokens has no classes"):
         likelihood.mask(f, torch.ones(L * V, dtype=torch.bool))
+    for function in (likelihood.hessian, likelihood.hessian_factor):
+        with pytest.raises(TypeError, match="pass estimator='mc'"):
+            function(f)
+    assert isinstance(likelihood, Likelihood)
     with pytest.raises(ValueError, match="at least 2 tokens"):
         NextTokens(1)

@@ -227,10 +227,11 @@ class NextTokens:
     so that labels drawn for all tokens at once give an unbiased estimate of
     sum_t J_tᵀ H_t J_t by one backward pass ("mc").
 
-    It has no Hessian: H has (L V)² numbers for a text, and a root of it L V columns. Priors with
-    an exact Gauss-Newton matrix raise TypeError; "mc" and "empirical" do not need it. Memories of
-    outputs would hold L V numbers for a text, so ``lifelong.integrations.transformers``, which
-    makes a model's outputs flat, allows a prior of the weights alone.
+    Its Hessian has (L V)² numbers for a text, and a root of it L V columns: ``hessian`` and
+    ``hessian_factor`` raise TypeError, and with them exact curvature. "mc" and "empirical" need
+    neither. Memories of outputs would hold L V numbers for a text, so
+    ``lifelong.integrations.transformers``, which makes a model's outputs flat, allows a prior of
+    the weights alone.
     """
 
     vocabulary: int
@@ -251,6 +252,18 @@ class NextTokens:
         counted = (y != -100).to(r.dtype).unsqueeze(1)
         r.scatter_add_(1, y.clamp(min=0).unsqueeze(1), -torch.ones_like(counted))
         return (r * counted).view(f.shape)
+
+    def hessian(self, f: Tensor) -> Tensor:
+        raise TypeError(
+            f"the Hessian of a text in its {f.shape[-1]} outputs is too large to be formed; pass "
+            "estimator='mc' (unbiased) or 'empirical' for its curvature"
+        )
+
+    def hessian_factor(self, f: Tensor) -> Tensor:
+        return self.hessian(f)
+
+    def hessian_trace(self, f: Tensor) -> Tensor:
+        return Categorical().hessian_trace(self._tokens(f)).view(len(f), -1).sum(-1)
 
     def kl(self, f_ref: Tensor, f: Tensor) -> Tensor:
         return Categorical().kl(self._tokens(f_ref), self._tokens(f)).view(len(f), -1).sum(-1)
