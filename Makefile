@@ -74,7 +74,7 @@ $(VENV)/.dev: $(PINS)
 
 $(VENV)/.integrations: $(VENV)/.dev
 	@echo "== installing the frameworks that are integrated, about 700 MB"
-	@$(PIP) --editable '.[dev,hf,avalanche]' --constraint $(PINS)
+	@$(PIP) --editable '.[dev,hf,avalanche,lightning]' --constraint $(PINS)
 	@touch $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.

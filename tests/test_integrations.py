@@ -11,7 +11,12 @@ import sys
 
 import pytest
 
-EXTRAS = {"transformers": ("transformers", "hf"), "avalanche": ("avalanche", "avalanche")}
+EXTRAS = {
+    "transformers": ("transformers", "hf"),
+    "avalanche": ("avalanche", "avalanche"),
+    "lightning": ("lightning", "lightning"),
+    "sklearn": ("sklearn", "sklearn"),
+}
 
 
 @pytest.mark.parametrize("module", EXTRAS)
@@ -19,7 +24,8 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) ->
     package, extra = EXTRAS[module]
     name = f"lifelong.integrations.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    for loaded in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, loaded, None)
     with pytest.raises(ImportError, match=rf"pip install 'lifelong\[{extra}\]'"):
         importlib.import_module(name)
 
