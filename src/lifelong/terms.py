@@ -13,7 +13,7 @@ KernelTerm alone, gradient reconstruction the first three together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -128,20 +128,23 @@ class Part(NamedTuple):
 
 
 class _Quadratic(torch.autograd.Function):
-    """The sum of ``Part`` over parameters in few passes over the weights, and no more in backward.
+    """The sum of ``Part`` over parameters, and ½ <d, G d> of a curvature that is not diagonal, in
+    few passes over the weights, and no more in backward.
 
-    A step of a small network is bound by such passes: autograd's own would be a dozen.
+    A step of a small network is bound by such passes: autograd's own would be a dozen, and one
+    more product with G.
     """
 
     @staticmethod
-    def forward(ctx: Any, parts: list[Part], *params: Tensor) -> Tensor:
-        ctx.parts, ctx.slopes = parts, []
+    def forward(
+        ctx: Any, parts: Mapping[str, Part], curvature: Curvature | None, *params: Tensor
+    ) -> Tensor:
+        ctx.parts, ctx.curvature = parts, curvature
         ctx.save_for_backward(*params)
+        gaps = [part.gap(p) for part, p in zip(parts.values(), params, strict=True)]
+        ctx.slopes = _slopes(parts, curvature, gaps)
         twice = params[0].new_zeros(())
-        for part, p in zip(parts, params, strict=True):
-            d = part.gap(p)
-            slope, factor = part.slope(d)
-            ctx.slopes.append((slope, factor))
+        for part, d, (slope, factor) in zip(parts.values(), gaps, ctx.slopes, strict=True):
             # <d, g + ½ G d> = ½ <d, slope> + ½ <d, g>
             twice = torch.add(twice, _dot(d, slope), alpha=factor)
             if part.gradient is not None:
@@ -152,49 +155,42 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
         params, slopes = ctx.saved_tensors, ctx.slopes
         if torch.is_grad_enabled():  # create_graph: as functions of the parameters
-            slopes = [part.slope(part.gap(p)) for part, p in zip(ctx.parts, params, strict=True)]
+            gaps = [part.gap(p) for part, p in zip(ctx.parts.values(), params, strict=True)]
+            slopes = _slopes(ctx.parts, ctx.curvature, gaps)
         grads = ((factor * grad) * slope for slope, factor in slopes)
-        return None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+        return None, None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
 
 
-class _Form(torch.autograd.Function):
-    """½ <d, G d> of a curvature that is not diagonal.
-
-    Its gradient G d is at hand after the forward pass: one product with G in a step, where
-    autograd would take one more to go back through ``quad``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, curvature: Curvature, names: tuple[str, ...], *d: Tensor) -> Tensor:
-        slope = curvature.mv(dict(zip(names, d, strict=True)))
-        slope = {n: slope[n].to(x.dtype) for n, x in zip(names, d, strict=True)}
-        ctx.curvature, ctx.names, ctx.slope = curvature, names, slope
-        ctx.save_for_backward(*d)
-        return 0.5 * torch.stack([_dot(x, slope[n]) for n, x in zip(names, d, strict=True)]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
-        d, slope = ctx.saved_tensors, ctx.slope
-        if torch.is_grad_enabled():  # create_graph: as a function of d
-            slope = ctx.curvature.mv(dict(zip(ctx.names, d, strict=True)))
-        grads = (grad * slope[n] for n in ctx.names)
-        return None, None, *(g.to(x.dtype) for g, x in zip(grads, d, strict=True))
-
-
-def form(curvature: Curvature, d: Mapping[str, Tensor]) -> Tensor:
-    """½ <d, G d> in nats; differentiable twice."""
-    return _Form.apply(curvature, tuple(d), *d.values())  # type: ignore[return-value]
+def _slopes(
+    parts: Mapping[str, Part], curvature: Curvature | None, gaps: Sequence[Tensor]
+) -> list[tuple[Tensor, float]]:
+    """g + G d of each parameter, as a tensor times a number."""
+    if curvature is None:
+        return [part.slope(d) for part, d in zip(parts.values(), gaps, strict=True)]
+    products = curvature.mv(dict(zip(parts, gaps, strict=True)))
+    found = []
+    for (name, part), d in zip(parts.items(), gaps, strict=True):
+        slope = products[name].to(d.dtype)
+        if part.gradient is not None or part.curvature is not None:
+            more, factor = part.slope(d)
+            slope = torch.add(slope, more, alpha=factor)
+        found.append((slope, 1.0))
+    return found
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten().to(b.dtype), b.flatten())
 
 
-def quadratic(parts: Mapping[str, Part], params: Mapping[str, Tensor]) -> Tensor:
-    """The sum of ``parts`` at the parameters of the same names, in nats; differentiable twice."""
+def quadratic(
+    parts: Mapping[str, Part], params: Mapping[str, Tensor], curvature: Curvature | None = None
+) -> Tensor:
+    """The sum of ``parts`` at the parameters of the same names, and ½ <d, G d> of a curvature of
+    all of them, in nats; differentiable twice."""
     if not params:
         return _zero(params)
-    return _Quadratic.apply([parts[n] for n in params], *params.values())  # type: ignore[return-value]
+    chosen = {n: parts[n] for n in params}
+    return _Quadratic.apply(chosen, curvature, *params.values())  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +212,8 @@ class WeightTerm:
 
     def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
         """``parts``, and the curvature that is not diagonal, at these parameters."""
-        value = quadratic(parts, params)
-        if self.curvature is not None and not isinstance(self.curvature, Diagonal):
-            d = {n: p - self.anchor[n] for n, p in params.items()}
-            value = value + form(self.curvature, d)
-        return value
+        diagonal = isinstance(self.curvature, Diagonal)  # which is in the parts
+        return quadratic(parts, params, None if diagonal else self.curvature)
 
     @cached_property
     def parts(self) -> dict[str, Part]:

@@ -220,11 +220,14 @@ class Kronecker:
 
     def _matrix(self, v: Mapping[str, Tensor]) -> Tensor:
         require_same(self.shapes, v, "the vector")
-        return _matrix(self.shapes, self.left.shape[1], v).to(self.left.dtype)
+        # Rounded first, where it is: half the bytes to join.
+        rows = {n: v[n].to(self.left.dtype) for n in self.shapes}
+        return _matrix(self.shapes, self.left.shape[1], rows)
 
     def _product(self, x: Tensor) -> Tensor:
         """sum_t L X R: (N, O, I) to (N, O, I)."""
-        return _right(_left(self.left, x), self.right).sum(0)
+        products = _right(_left(self.left, x), self.right)
+        return products[0] if len(products) == 1 else products.sum(0)
 
     def _full(self) -> list[tuple[Tensor, Tensor]]:
         """The products' factors as matrices."""
