@@ -20,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import lifelong
-from lifelong import Categorical, Examples, PathIntegral, Prior
+from lifelong import Categorical, Examples, Learner, PathIntegral, Prior, Task
 from lifelong.data import shard
 from lifelong.distributed import Ranks
+from lifelong.learner import CHECKPOINT, adam
 from lifelong.presets import PRESETS
 from lifelong.recipe import Recipe
 from lifelong.terms import Regulariser
@@ -196,7 +197,48 @@ def user_loop(rank: int, size: int) -> Any:
     return grads
 
 
-JOBS = {"cases": every_case, "mistakes": mistakes, "loop": user_loop}
+def by_learner(name: str, ranks: Ranks | None, **options: Any) -> dict[str, Any]:
+    """Three tasks of 29, 30 and 31 examples in batches of 8; everything that it ends with."""
+    torch.manual_seed(0)
+    learner = Learner(
+        network(),
+        CASES[name](),
+        optimizer=adam(1e-2),
+        epochs=2,
+        batch_size=8,
+        memory_batch_size=None if name in ("fromp", "lwf") else 4,
+        clip=1.0,
+        seed=3,
+        ranks=ranks,
+    )
+    stream = [
+        Task(i, str(i), task(i)[: 29 + i] if i < 2 else task(i), task(10 + i)) for i in range(3)
+    ]
+    told: list[float] = []
+    learner.run(stream, on_epoch=lambda progress: told.append(progress.loss), **options)
+    model = learner.model.state_dict()
+    return {"model": model, "accuracy": learner.accuracy, "prior": learner.prior.state_dict(),
+            "losses": told, "drawn": learner.generator.get_state()}  # fmt: skip
+
+
+def learners(rank: int, size: int) -> Any:
+    return {name: by_learner(name, Ranks()) for name in PRESETS}
+
+
+def saved(rank: int, size: int) -> Any:
+    """Rank 0 writes; a learner on any number of ranks goes on from there."""
+    folder = Path(os.environ["LIFELONG_TEST_FOLDER"])
+    by_learner("recommended", Ranks(), folder=folder)
+    return sorted(p.name for p in folder.iterdir())
+
+
+JOBS = {
+    "learners": learners,
+    "saved": saved,
+    "cases": every_case,
+    "mistakes": mistakes,
+    "loop": user_loop,
+}
 
 
 # ------------------------------------------------------------------------------- the tests
@@ -274,6 +316,32 @@ def test_a_loop_of_ones_own_has_the_gradients_of_one_process(tmp_path: Path) -> 
         prior = prior.update(model, data, generator=torch.Generator().manual_seed(7))
     for grads in run("loop", 2, tmp_path):
         require_close(grads, expected)
+
+
+@pytest.fixture(scope="module")
+def learned_together(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run("learners", 2, tmp_path_factory.mktemp("learners"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_learner_on_ranks_ends_where_one_process_ends(name: str, learned_together: Any) -> None:
+    """Weights, prior, accuracies, losses of each epoch and all draws, with batches that do not
+    divide evenly."""
+    expected = by_learner(name, None)
+    for by_rank in learned_together:
+        require_close(by_rank[name], expected)
+
+
+def test_rank_0_writes_what_any_number_of_ranks_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setenv("LIFELONG_TEST_FOLDER", str(folder))
+    assert run("saved", 2, tmp_path) == [[CHECKPOINT], [CHECKPOINT]]
+    alone = Learner(network(), CASES["recommended"]()).load(folder / CHECKPOINT)
+    expected = by_learner("recommended", None)
+    require_close(alone.model.state_dict(), expected["model"])
+    require_close(alone.prior.state_dict(), expected["prior"])
 
 
 def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from . import checkpoint
 from .augment import Augment
 from .curvature.follow import followed
-from .data import Examples, Head, head_mask
+from .data import Data, Examples, Head, head_mask, shard
+from .distributed import Ranks
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, Evaluation, evaluate
@@ -84,6 +85,10 @@ class Learner:
     augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
     task that makes fewer in ``epochs`` passes gets more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
+    ranks: processes that train together, each with a learner of the same arguments and weights and
+    with all of the data at hand. Each takes its part of every batch, and of the task for what
+    follows it; gradients are added up, so that weights, prior and accuracies are those of one
+    process, to rounding (augmentation, dropout and "mc" draw anew on each). Rank 0 writes files.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Learner:
         min_steps: int = 0,
         curvature_dtype: torch.dtype | Literal["auto"] | None = "auto",
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if epochs < 1 or batch_size < 1:
             raise ValueError(
@@ -125,6 +131,7 @@ class Learner:
         self.clip, self.autocast = clip, autocast
         self.augment, self.min_steps, self.curvature_dtype = augment, min_steps, curvature_dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self.ranks = ranks
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
         self.gradients = 0  # examples, new and remembered, whose loss was differentiated
@@ -153,12 +160,12 @@ class Learner:
 
     def memorise(self, task: Task) -> Memory | None:
         """The examples of the task that the prior would keep."""
-        return self.prior.memorise(self.model, task.train, generator=self.generator)
+        return self.prior.memorise(self.model, self._shared(task), generator=self.generator)
 
     def recall(self, task: Task, items: Memory | None = None) -> Prior:
         """Make the learned posterior the next prior, keeping ``items``."""
         self.prior = self.prior.recall(
-            self.model, task.train, items, path=self._path, generator=self.generator
+            self.model, self._shared(task), items, path=self._path, generator=self.generator
         )
         return self.prior
 
@@ -414,7 +421,12 @@ class Learner:
             "generator": self.generator.get_state(),
             "global_random": torch.get_rng_state(),
         }
-        return checkpoint.save(path, state, kind="learner")
+        if self.ranks is None:
+            return checkpoint.save(path, state, kind="learner")
+        if self.ranks.rank == 0:
+            checkpoint.save(path, state, kind="learner")
+        self.ranks.objects(None)  # nobody goes on, or reads it, before it is there
+        return Path(path)
 
     def load(self, path: str | Path) -> Learner:
         """Go on from ``save``.
@@ -462,7 +474,7 @@ class Learner:
             if within is None:
                 if reference is not None:
                     self.model.load_state_dict(self._initial)
-                self.prior = self.prior.prepare(self.model, data)
+                self.prior = self.prior.prepare(self.model, self._shared(task))
             prior = self.prior
             params = list(parameters(self.model).values())
             pool = self._pool(data) if reference == "joint" else None
@@ -510,7 +522,55 @@ class Learner:
         )
 
     def _augmented(self, inputs: Inputs) -> Inputs:
-        return inputs if self.augment is None else self.augment(inputs, self.generator)
+        if self.augment is None:
+            return inputs
+        return self.augment(inputs, self.generator if self._own is None else self._own)
+
+    _own: torch.Generator | None = None  # of what a rank draws by itself, in one epoch
+
+    def _shared(self, task: Task) -> Data:
+        """A task for what follows its training: a rank's part of it where there are ranks."""
+        if self.ranks is None:
+            return task.train
+        count = len(task.train)
+        start, stop = (count * (self.ranks.rank + i) // self.ranks.size for i in (0, 1))
+        mine = task.train[start:stop]
+        return shard(mine, self.ranks, ids=mine.ids)
+
+    def _mine(self, index: Tensor) -> Tensor:
+        """A rank's part of a batch."""
+        return index if self.ranks is None else index[self.ranks.rank :: self.ranks.size]
+
+    def _summed(self, params: list[nn.Parameter]) -> None:
+        """The gradients of all ranks in place of this one's."""
+        if self.ranks is None:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for p, grad in zip(params, self.ranks.sum(grads), strict=True):
+            p.grad = grad
+        if self._path is not None:
+            self._path.keep()
+
+    def _loss(self, prior: Prior, data: Examples, part: Tensor, size: int) -> Tensor:
+        """Nats per example of a batch of ``size``, of which ``part`` is this rank's: over the ranks
+        the losses add up to that of one process."""
+        count, device = len(data), self._device
+        share = 1 if self.ranks is None else self.ranks.size
+        memory: dict[str, Any] = {"batch_size": self.memory_batch_size, "generator": self.generator}
+        if len(part) == 0:
+            return prior(self.model, **memory) / (share * count)
+        inputs, labels, _ = data.batch(part)
+        weight = len(part) / size
+        loss = prior.loss(
+            self.model,
+            move(inputs, device),
+            move(labels, device),
+            num_data=count if self.ranks is None else weight * share * count,
+            head=data.head,
+            augment=None if self.augment is None else self._augmented,
+            **memory,
+        )
+        return loss if self.ranks is None else weight * loss
 
     def _undo(self) -> Callable[[], None]:
         """What puts everything that ``fit`` changes back to where it is now."""
@@ -557,33 +617,32 @@ class Learner:
         total = 0.0
         remembered = 0 if pool is not None else prior.num_drawn(self.memory_batch_size)
         order = torch.randperm(count, generator=self.generator)
+        if self.ranks is not None and self.augment is not None:
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            self._own = torch.Generator().manual_seed(seed + self.ranks.rank)
+        share = 1 if self.ranks is None else self.ranks.size
         for index in order.split(self.batch_size):
             optimizer.zero_grad(set_to_none=True)
+            part = self._mine(index)
             with self._precision(device):
                 if pool is None:
-                    inputs, labels, _ = data.batch(index)
-                    loss = prior.loss(
-                        self.model,
-                        move(inputs, device),
-                        move(labels, device),
-                        num_data=count,
-                        head=data.head,
-                        batch_size=self.memory_batch_size,
-                        augment=None if self.augment is None else self._augmented,
-                        generator=self.generator,
-                    )
+                    loss = self._loss(prior, data, part, len(index))
                 else:
-                    drawn = pool.memory[index].to(device)
-                    f = forward(self.model, self._augmented(drawn.inputs))
-                    nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
-                    loss = nats / len(index) + prior.weight_space(self.model) / count
+                    loss = prior.weight_space(self.model) / (share * count)
+                    if len(part):
+                        drawn = pool.memory[part].to(device)
+                        f = forward(self.model, self._augmented(drawn.inputs))
+                        f = f.float() if self.autocast else f
+                        loss = pool.value(f, drawn, prior.likelihood) / len(index) + loss
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss became {loss.item()} after {total / max(1, count):.4g} nats per "
                     "example; lower the learning rate or clip the gradient. The model was put "
                     "back to where this task began"
                 )
-            loss.backward()
+            if loss.requires_grad:  # a rank may have nothing to say
+                loss.backward()
+            self._summed(params)
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(params, self.clip)
             optimizer.step()
@@ -593,6 +652,8 @@ class Learner:
             self.gradients += len(index) + remembered
         for name, p in parameters(self.model).items():  # a gradient can overflow where no loss does
             require_finite(p, f"the parameter {name}")
+        if self.ranks is not None:
+            total = float(self.ranks.sum([torch.tensor(total, dtype=torch.float64)])[0])
         return total / count
 
     def _precision(self, device: torch.device) -> Any:

@@ -152,7 +152,7 @@ class Prior:
         inputs: Inputs,  # (B, ...)
         labels: Tensor,  # (B,) or (B, C)
         *,
-        num_data: int,
+        num_data: float,
         head: Head | None = None,
         batch_size: int | None = None,
         augment: Callable[[Inputs], Inputs] | None = None,
