@@ -14,7 +14,8 @@ with generators in the same state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ from torch import distributed as dist
 class Ranks:
     """The processes of a group, None for the default one.
 
-    Raises ValueError where no process group was begun (torchrun, ``init_process_group``).
+    Raises ValueError where no process group was begun (torchrun, ``init_process_group``). What the
+    ranks do together raises ConnectionError where one of them has ended, or does not come within
+    the timeout that ``init_process_group`` was given.
     """
 
     group: Any = None
@@ -51,12 +54,14 @@ class Ranks:
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each summed over the ranks, in one message for each device and dtype; new tensors."""
-        return all_reduce(list(tensors), self.group)
+        with self._telling("a sum"):
+            return all_reduce(list(tensors), self.group)
 
     def objects(self, value: Any) -> list[Any]:
         """What each rank has given, by rank: small picklable values."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with self._telling("what each has to tell"):
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def gather(self, x: Tensor | None) -> Tensor:
@@ -78,7 +83,8 @@ class Ranks:
         if x is not None:
             padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=self.group)
+        with self._telling("rows"):
+            dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
     def gather_each(self, values: Mapping[str, Tensor] | Tensor | None) -> Any:
@@ -95,6 +101,17 @@ class Ranks:
         if any(other != found[0] for other in found):
             told = ", ".join(f"{v!r} on rank {r}" for r, v in enumerate(found[:4]))
             raise ValueError(f"expected the same {what} on all ranks, got {told}")
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConnectionError(
+                f"rank {self.rank} of {self.size} got no answer when it asked for {what}: "
+                f"another rank has ended, or waits somewhere else ({first})"
+            ) from error
 
     @property
     def _device(self) -> torch.device:
