@@ -165,6 +165,8 @@ def mistakes(rank: int, size: int) -> Any:
     attempt("head", lambda: shard(replace(data, head=(0, 1, 2) if rank else None)))
     nobody = shard(data[:0])
     attempt("nobody", lambda: kprior.update(model, nobody))
+    own = torch.Generator().manual_seed(rank)
+    attempt("generator", lambda: kprior.update(model, mine, generator=own))
     pairs = TensorDataset(data.inputs, data.labels)  # type: ignore[arg-type]
     attempt("ids of what is no Examples", lambda: shard(pairs, ids=torch.arange(15)))
     groups = torch.zeros(15, dtype=torch.int64)
@@ -356,6 +358,7 @@ def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
             "nobody": "ValueError: no rank holds an example",
             "groups": "ValueError: groups are of one process's data",
             "ids of what is no Examples": "TypeError: ids are for Examples",
+            "generator": "ValueError: expected the same state of the generator",
             "rows": "ValueError: expected rows of one shape and dtype on all ranks",
             "labels": "ValueError",
         }.items():

@@ -17,6 +17,7 @@ Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pa
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -401,6 +402,8 @@ class Prior:
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
         self._require_anchor(model)  # before anything is drawn
+        if isinstance(data, Shard):
+            self._require_one(data.ranks, model, generator)
         over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
         with _undrawn(generator):
             items = self.memorise(model, data, **over)
@@ -505,7 +508,7 @@ class Prior:
         require_repeatable(data)
         self._require_anchor(model)
         if isinstance(data, Shard):
-            self._require_one(data.ranks, model)
+            self._require_one(data.ranks, model, generator)
             if groups is not None:
                 raise ValueError("groups are of one process's data; expected plain data with them")
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
@@ -590,12 +593,20 @@ class Prior:
             strength=recipe.soft * (task_size if recipe.population else 1.0),
         )
 
-    def _require_one(self, ranks: Ranks, model: nn.Module) -> None:
-        """Raise ValueError where ranks come with different weights or different pasts."""
+    def _require_one(
+        self, ranks: Ranks, model: nn.Module, generator: torch.Generator | None
+    ) -> None:
+        """Raise ValueError where ranks come with different weights or different pasts, or would
+        draw different examples."""
         sums = [p.detach().double().sum().item() for p in parameters(model).values()]
         ranks.require_same("weights of the model (their sums)", [round(x, 6) for x in sums])
         past = (self.recipe.to_dict(), self.num_data, self.num_tasks, self.num_bytes)
         ranks.require_same("prior", past)
+        recipe = self.recipe
+        if recipe.keeps_memory or recipe.curvature_examples or recipe.estimator == "mc":
+            state = torch.get_rng_state() if generator is None else generator.get_state()
+            digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()[:12]
+            ranks.require_same("state of the generator (pass generator= of one seed)", digest)
 
     def _require_anchor(self, model: nn.Module) -> None:
         """The model is the one that the prior knows, and its weights are numbers."""
