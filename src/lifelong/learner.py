@@ -89,6 +89,7 @@ class Learner:
     with all of the data at hand. Each takes its part of every batch, and of the task for what
     follows it; gradients are added up, so that weights, prior and accuracies are those of one
     process, to rounding (augmentation, dropout and "mc" draw anew on each). Rank 0 writes files.
+    Of what is drawn from memory each reads its part, too.
     """
 
     def __init__(
@@ -370,6 +371,8 @@ class Learner:
         def save(*, now: bool = False) -> None:
             nonlocal last, behind
             behind = not (now or time.monotonic() - last >= save_every)
+            if self.ranks is not None:  # clocks differ, and all save together
+                behind = self.ranks.objects(behind)[0]
             if folder is not None and not behind:
                 self.save(Path(folder) / CHECKPOINT)
                 last = time.monotonic()
@@ -419,7 +422,7 @@ class Learner:
             "gradients": self.gradients,
             "within": self._within,
             "generator": self.generator.get_state(),
-            "global_random": torch.get_rng_state(),
+            "global_random": self._random_states(),
         }
         if self.ranks is None:
             return checkpoint.save(path, state, kind="learner")
@@ -458,10 +461,21 @@ class Learner:
         self.seconds, self._within = state["seconds"], state["within"]
         self.gradients = state.get("gradients", 0)
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_random"])
+        self._set_random_state(state["global_random"])
         return self
 
     # ---------------------------------------------------------------- inside
+
+    def _random_states(self) -> Tensor:
+        """torch's random state; of all ranks, one below the other, since dropout draws on each."""
+        state = torch.get_rng_state()
+        return state if self.ranks is None else self.ranks.gather(state[None])
+
+    def _set_random_state(self, states: Tensor) -> None:
+        """This rank's; the first one's where there were another number of them."""
+        states = states.reshape(-1, len(torch.get_rng_state()))
+        same = self.ranks is not None and len(states) == self.ranks.size
+        torch.set_rng_state(states[self.ranks.rank if self.ranks is not None and same else 0])
 
     _path: PathIntegral | None = None
 
@@ -541,15 +555,18 @@ class Learner:
         """A rank's part of a batch."""
         return index if self.ranks is None else index[self.ranks.rank :: self.ranks.size]
 
-    def _summed(self, params: list[nn.Parameter]) -> None:
-        """The gradients of all ranks in place of this one's."""
+    def _summed(self, params: list[nn.Parameter], loss: Tensor) -> Tensor:
+        """The gradients of all ranks in place of this one's, and the sum of their losses: all of
+        them see one that is not finite, so that all of them stop."""
         if self.ranks is None:
-            return
+            return loss
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p, grad in zip(params, self.ranks.sum(grads), strict=True):
+        *grads, loss = self.ranks.sum([*grads, loss.detach()])
+        for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         if self._path is not None:
             self._path.keep()
+        return loss
 
     def _loss(self, prior: Prior, data: Examples, part: Tensor, size: int) -> Tensor:
         """Nats per example of a batch of ``size``, of which ``part`` is this rank's: over the ranks
@@ -557,6 +574,7 @@ class Learner:
         count, device = len(data), self._device
         share = 1 if self.ranks is None else self.ranks.size
         memory: dict[str, Any] = {"batch_size": self.memory_batch_size, "generator": self.generator}
+        memory["ranks"] = self.ranks
         if len(part) == 0:
             return prior(self.model, **memory) / (share * count)
         inputs, labels, _ = data.batch(part)
@@ -634,15 +652,15 @@ class Learner:
                         f = forward(self.model, self._augmented(drawn.inputs))
                         f = f.float() if self.autocast else f
                         loss = pool.value(f, drawn, prior.likelihood) / len(index) + loss
+            if loss.requires_grad:  # a rank may have nothing to say
+                loss.backward()
+            loss = self._summed(params, loss)
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss became {loss.item()} after {total / max(1, count):.4g} nats per "
                     "example; lower the learning rate or clip the gradient. The model was put "
                     "back to where this task began"
                 )
-            if loss.requires_grad:  # a rank may have nothing to say
-                loss.backward()
-            self._summed(params)
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(params, self.clip)
             optimizer.step()
@@ -652,8 +670,6 @@ class Learner:
             self.gradients += len(index) + remembered
         for name, p in parameters(self.model).items():  # a gradient can overflow where no loss does
             require_finite(p, f"the parameter {name}")
-        if self.ranks is not None:
-            total = float(self.ranks.sum([torch.tensor(total, dtype=torch.float64)])[0])
         return total / count
 
     def _precision(self, device: torch.device) -> Any:

@@ -136,7 +136,12 @@ class Memory:
     def sample(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
         """As ``draw``, but each column is copied only when it is asked for."""
         index = self._drawn(n, generator)
-        return self if index is None else Sample(self, index)
+        return self if index is None else Sample(self, index, len(self) / len(index))
+
+    def part(self, rank: int, size: int) -> Memory:
+        """The stretch of the items that is rank's of ``size`` ranks, each item believed ``size``
+        times as much: the mean over the ranks of a weighted sum is that over all items."""
+        return self[_stretch(len(self), rank, size)].scaled(size)
 
     def _drawn(self, n: int | None, generator: torch.Generator | None) -> Tensor | None:
         """(n,) int64; None for all."""
@@ -184,14 +189,20 @@ class Memory:
 class Sample:
     """The rows ``index`` of a memory as a loss needs them: of eight columns it reads three or four.
 
-    soft_weight and hard_weight are scaled so that weighted sums are unbiased for all of memory.
+    soft_weight and hard_weight times ``scale``: weighted sums are then unbiased for all of memory.
     """
 
     memory: Memory
     index: Tensor
+    scale: float
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def part(self, rank: int, size: int) -> Sample:
+        """As ``Memory.part``."""
+        index = self.index[_stretch(len(self.index), rank, size)]
+        return replace(self, index=index, scale=self.scale * size)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -211,15 +222,15 @@ class Sample:
 
     @property
     def soft_weight(self) -> Tensor:
-        return self.memory.soft_weight.index_select(0, self.index) * self._scale
+        return self.memory.soft_weight.index_select(0, self.index) * self.scale
 
     @property
     def hard_weight(self) -> Tensor:
-        return self.memory.hard_weight.index_select(0, self.index) * self._scale
+        return self.memory.hard_weight.index_select(0, self.index) * self.scale
 
-    @property
-    def _scale(self) -> float:
-        return len(self.memory) / len(self.index)
+
+def _stretch(n: int, rank: int, size: int) -> slice:
+    return slice(n * rank // size, n * (rank + 1) // size)
 
 
 _ROWS = tuple(field.name for field in fields(Memory) if field.name != "heads")

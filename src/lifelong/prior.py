@@ -133,14 +133,17 @@ class Prior:
         *,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """Nats, a scalar with a gradient in the model's parameters.
 
         batch_size: items drawn from each memory instead of all of it: an unbiased estimate, at a
         cost that does not grow with the number of tasks. The memory is read in eval mode.
+        ranks: each reads its part of what is drawn, with generators in one state, and the mean of
+        their values and gradients, as DistributedDataParallel takes it, is that of one process.
         Raises StaleAnchorError where the model is no longer the one that the prior knows.
         """
-        value, drawn = self.weight_space(model), self._draw(batch_size, generator)
+        value, drawn = self.weight_space(model), self._draw(batch_size, generator, ranks)
         if drawn:
             with evaluating(model):
                 f = forward(model, concat([sample.inputs for _, sample in drawn]))
@@ -158,6 +161,7 @@ class Prior:
         batch_size: int | None = None,
         augment: Callable[[Inputs], Inputs] | None = None,
         generator: torch.Generator | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """mean nll of the batch + prior / num_data: nats per example, in one forward pass.
 
@@ -170,6 +174,7 @@ class Prior:
         what the anchor says of the changed one, as in Beyer et al. 2022: then the divergence is
         still 0 and flat at the anchor. g and G are of the inputs as they are.
         What kernels couple is never changed: their means are of one input each.
+        ranks: inputs and labels are this rank's; the prior is as in a call with ``ranks``.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
         another type, and for a num_data that is not positive; StaleAnchorError as calling the
         prior does.
@@ -178,7 +183,7 @@ class Prior:
             raise ValueError(
                 f"num_data must be the number of examples of the task at hand, got {num_data}"
             )
-        drawn, n = self._draw(batch_size, generator), rows(inputs)
+        drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
         if augment is not None:
             inputs = augment(inputs)
@@ -233,9 +238,15 @@ class Prior:
         held = [term for term in self.terms if isinstance(term, _IN_MEMORY)]
         return sum(term.num_drawn(batch_size) for term in held)
 
-    def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
+    def _draw(
+        self, n: int | None, generator: torch.Generator | None, ranks: Ranks | None = None
+    ) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
-        return [(term, term.draw(n, generator)) for term in held]
+        drawn = [(term, term.draw(n, generator)) for term in held]
+        if ranks is None:
+            return drawn
+        parts = [(term, sample.part(ranks.rank, ranks.size)) for term, sample in drawn]
+        return [(term, part) for term, part in parts if len(part)]
 
     def _asked(
         self, model: nn.Module, drawn: list[tuple[Any, Any]], inputs: list[Inputs]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from .groups import Groups
 from .jacobians import kernel
 from .likelihoods import Likelihood
 from .memory import Memory, Sample
-from .models import Inputs, Params, evaluating, match, move, nbytes, parameters
+from .models import Inputs, Params, evaluating, match, move, nbytes, parameters, take
 from .named import named, unnamed
 
 
@@ -472,6 +473,18 @@ class Drawn:
     inputs: Inputs
     blocks: tuple[Block, ...]
     scale: float
+
+    def __len__(self) -> int:
+        return sum(block.stop - block.start for block in self.blocks)
+
+    def part(self, rank: int, size: int) -> Drawn:
+        """Every ``size``-th block, as ``Memory.part``: a kernel couples its block."""
+        ends = list(accumulate(b.stop - b.start for b in self.blocks))
+        mine = range(rank, len(ends), size)
+        rows = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in mine]
+        index = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+        blocks = tuple(self.blocks[i] for i in mine)
+        return Drawn(take(self.inputs, index), blocks, self.scale * size)
 
 
 def columns(f: Tensor, head: Head | None) -> Tensor:
