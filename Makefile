@@ -22,10 +22,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench tables clean
+.PHONY: help demo test test-integrations lint bench tables clean
 
 help: ## list the goals
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Settings, as in 'make test PYTHON=python3.12': PYTHON VENV TORCH DEMO PYTEST (see Makefile)"
 
@@ -35,7 +35,13 @@ demo: $(VENV)/.demo ## learn five tasks of handwritten digits in a row; writes r
 # worksteal: a process that has finished its share takes over some of the other's.
 test: lint ## linters, type checker and all tests
 	@echo "== tests"
-	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal $(PYTEST)
+	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal \
+		--ignore=tests/integrations $(PYTEST)
+
+# Their packages are too large for everyone who runs `make test`.
+test-integrations: $(VENV)/.integrations ## the tests of lifelong.integrations, with the frameworks
+	@echo "== tests of the integrations"
+	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet tests/integrations $(PYTEST)
 
 # The order of imports is checked by tests/test_layers.py.
 lint: $(VENV)/.dev ## linters and type checker only
@@ -64,6 +70,11 @@ $(VENV)/.demo: $(PINS)
 $(VENV)/.dev: $(PINS)
 	@echo "== installing lifelong and what the tests need, about a minute"
 	@$(PIP) --editable '.[dev]' --constraint $(PINS)
+	@touch $@
+
+$(VENV)/.integrations: $(VENV)/.dev
+	@echo "== installing the frameworks that are integrated, about 700 MB"
+	@$(PIP) --editable '.[dev,hf,avalanche,lightning]' --constraint $(PINS)
 	@touch $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.

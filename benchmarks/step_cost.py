@@ -34,6 +34,7 @@ from torch import nn
 
 from lifelong import Categorical, Examples, Learner, PathIntegral, Prior, Task
 from lifelong.data import Head
+from lifelong.models import multiplies_bfloat16
 from lifelong.presets import PRESETS
 from lifelong.runs import log, versions
 
@@ -141,6 +142,8 @@ def step(case: str, method: str, config: Config, stack: ExitStack, memory: int |
     head = heads(case, config.tasks)[-1]
     data = examples(case, config.examples, head, seed=config.tasks)
     prior = prior.prepare(model, data)
+    if multiplies_bfloat16():
+        prior = prior.rounded()  # as the learner does
     x, y = data.inputs[: config.batch], data.labels[: config.batch]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
     if prior.recipe.structure == "path":

@@ -209,8 +209,7 @@ def turned(x: Any) -> Any:
     return torch.as_tensor(x).flip(3)
 
 
-@pytest.mark.parametrize("renewed", [False, True])
-def test_the_anchor_is_asked_about_the_changed_input(renewed: bool):
+def test_the_anchor_is_asked_about_the_changed_input():
     """D(f*(T x), f(T x)) with f* of the anchor, whose stored answers at x take no part."""
     model, data = network(), task().train
     prior = lifelong.gradient_reconstruction(
@@ -219,8 +218,7 @@ def test_the_anchor_is_asked_about_the_changed_input(renewed: bool):
     prior = prior.update(model, data)
     memory, trained = prior.memory, network(1)
     assert memory is not None
-    near = prior.near(trained) if renewed else prior
-    got = near.loss(trained, data.inputs, data.labels, num_data=24, augment=turned)
+    got = prior.loss(trained, data.inputs, data.labels, num_data=24, augment=turned)
     nll = nn.functional.cross_entropy(trained(turned(data.inputs)), data.labels)
     changed = turned(memory.inputs)
     distance = KL()(Categorical(), model(changed).detach(), trained(changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,23 @@ def test_smoke(name: str, data: Path, tmp_path: Path) -> None:
         (m.name, []) for m in table.methods for _ in m.memories_of(table)
     ]
     assert all(0 <= row["accuracy"]["mean"] <= 1 for row in summary["rows"])
+
+
+def test_trials_of_permuted_digits(data: Path, tmp_path: Path) -> None:
+    """What was tried is made once, and can be made again by its name."""
+    pytest.importorskip("benchmarks")
+    from benchmarks.permuted_trials import TRIALS, main
+
+    names = ["kronecker, strength 4, by lambda", "kronecker, strength 1, a product for each task"]
+    args = ["--data", str(data), "--out", str(tmp_path), "--smoke", "--only"]
+    main([*args, names[0]])
+    once = (tmp_path / "result.json").read_text()
+    main([*args, names[0]])
+    assert (tmp_path / "result.json").read_text() == once
+    main([*args, *names])
+    rows = json.loads((tmp_path / "result.json").read_text())
+    assert [row["trial"] for row in rows] == names
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    record = Path("benchmarks/results/2026-11-25_permuted-trials/result.json")
+    recorded = {row["trial"]: row["kept"] for row in json.loads(record.read_text())}
+    assert {t.name for t in TRIALS} <= recorded.keys()

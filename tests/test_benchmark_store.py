@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import store
+from benchmarks import removals, store
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "pixels"])
@@ -28,3 +28,12 @@ def test_the_search_finds_marks_at_any_place(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").write_bytes(b"x" + store.mark(1) + store.mark(2)[:-1])
     (tmp_path / "empty").touch()
     assert store.on_disk(tmp_path, [1, 2, 3]) == 1
+
+
+def test_removals(tmp_path: Path) -> None:
+    """The tiny version counts what is left of each kind of memory, and keeps a record."""
+    removals.main(["--out", str(tmp_path), "--sizes", "200", "400", "--fraction", "0.1"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["seconds"]) == ["200", "400"]
+    assert result["growth"][0].keys() == result["seconds"]["400"].keys()
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2 * len(result["growth"][0])

@@ -193,6 +193,19 @@ def test_judge(kind: GoalKind, bar: float, of: tuple[str, ...], value: Any, met:
     assert found.met == met
 
 
+def test_rows_are_compared_over_the_seeds_that_they_share() -> None:
+    def of(method: str, seeds: list[int], values: list[float]) -> Any:
+        mean = sum(values) / len(values)
+        accuracy = {"mean": mean, "standard_error": 0.0, "per_seed": values}
+        return {"method": method, "memory": 20, "seeds": seeds, "accuracy": accuracy}
+
+    rows = [of("ours", [0, 2], [0.9, 0.8]), of("joint", [0, 1], [0.91, 0.99])]
+    found = judge(Goal("ours", 20, 1.0, "below", ("joint",)), rows)
+    assert found.value == pytest.approx(1.0)
+    rows[1] = of("joint", [1], [0.99])
+    assert judge(Goal("ours", 20, 1.0, "below", ("joint",)), rows) == Verdict()
+
+
 def test_first_is_among_rows_of_the_same_memory_and_without() -> None:
     assert judge(Goal("ours", 10, kind="first"), ROWS) == Verdict(0.0, True)
     behind = [*ROWS, row("other", 10, 0.91)]

@@ -62,6 +62,7 @@ def test_version(command: Command) -> None:
     [
         ("run", ["experiment options", "training options", "output options", "--set NAME=VALUE",
                  "number of tasks", "split-digits", "--resume runs/x"]),
+        ("plan", ["--memory FLOAT", "h100 or h200", "becomes the bottleneck", "--price 2.5"]),
         ("demo", ["--out DIR", "--seeds INT", "five tasks of two digits"]),
     ],
 )  # fmt: skip
@@ -79,7 +80,8 @@ def test_help_needs_no_torch() -> None:
         "import sys, lifelong.cli as cli\n"
         "for args in (['--help'], ['--version'], ['run', '--help'], ['demo', '--help'], ['rn'],\n"
         "             ['adapt', '--help'], ['adapt', 'remove', '--help'], ['adapt', 'remov'],\n"
-        "             ['bench', '--help'], ['bench', '--sed']):\n"
+        "             ['bench', '--help'], ['bench', '--sed'],\n"
+        "             ['plan', '--help'], ['plan', '--mod']):\n"
         "    cli.main(args)\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lifelong.data import (
     Examples,
+    among,
     batches,
     head_mask,
     head_of,
@@ -307,3 +308,9 @@ def test_the_given_head_comes_before_the_datas_own() -> None:
     assert head_of(data) == (0, 1, 2)
     assert head_of(data, [1, 2]) == (1, 2)
     assert head_of((X, Y)) is None
+
+
+@given(st.lists(st.integers(-5, 20)), st.lists(st.integers(-5, 20), unique=True))
+def test_among_is_membership(ids: list[int], known: list[int]) -> None:
+    found = among(torch.tensor(ids, dtype=torch.int64), torch.tensor(sorted(known)).long())
+    assert found.tolist() == [i in known for i in ids]

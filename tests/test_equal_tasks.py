@@ -156,17 +156,6 @@ def test_groups_of_a_sampled_task_add_up_to_its_curvature():
     )
 
 
-def test_a_prior_for_a_few_steps_scales_and_is_not_kept(tmp_path):
-    prior = lifelong.online_laplace(Categorical(), structure="kronecker").update(net(), task(20))
-    model = changed()
-    near = prior.near(model)
-    assert torch.allclose((0.5 * near)(model), 0.5 * prior(model), rtol=1e-9)
-    with pytest.raises(TypeError, match="not to be kept"):
-        near.state_dict()
-    with pytest.raises(ValueError, match="update the prior that it was made of"):
-        near.update(model, task(20))
-
-
 @pytest.mark.parametrize("batch_size", [None, 4, 10, 15, 30])
 def test_examples_drawn_are_counted_as_they_are_drawn(batch_size):
     """Kernels draw whole tasks."""

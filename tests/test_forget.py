@@ -583,9 +583,28 @@ def test_clip_is_the_positive_part(structure: Any) -> None:
     assert float(torch.linalg.eigvalsh(found.dense().matrix).min()) > -1e-9
 
 
-def test_kronecker_has_no_positive_part():
+def test_kronecker_factors_are_clipped_to_one_positive_product():
     case = NETWORKS["mlp Categorical"]
     recipe = Recipe("t", structure="kronecker")
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data[:12])
+    with pytest.raises(ValueError, match="would be indefinite"):
+        after.forget(model, data[6:12])
+    with pytest.warns(ClippedWarning):
+        clipped = after.forget(model, data[6:12], on_indefinite="clip")
+    whole, left = after.weight.curvature, clipped.weight.curvature
+    assert float(torch.linalg.eigvalsh(left.dense().matrix).min()) > -1e-9
+    part = prior.update(model, data[:6]).weight.curvature  # what stays, made from the data
+    gap = (left.dense().matrix - part.dense().matrix).norm()
+    assert gap < 0.75 * (whole.dense().matrix - part.dense().matrix).norm()
+    for n, v in left.diagonal().items():
+        assert v.shape == whole.diagonal()[n].shape
+
+
+def test_an_eigenbasis_has_no_positive_part():
+    case = NETWORKS["mlp Categorical"]
+    recipe = Recipe("t", structure="eigen_kronecker")
     prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
     model, data = case.make_model(0), case.data[0]
     after = prior.update(model, data[:6])

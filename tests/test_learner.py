@@ -71,7 +71,11 @@ CASES: dict[str, tuple[Prior, tuple[nn.Module, ...], dict[str, Any]]] = {
     "scheduler": (lifelong.derpp(Categorical(), memory=6), (), {"scheduler": cosine, "clip": 1.0}),
     "autocast": (lifelong.kprior(Categorical(), memory=4), (), {"autocast": torch.bfloat16}),
     "augment": (lifelong.kprior(Categorical(), memory=4), (), {"augment": jitter, "min_steps": 7}),
-    "kronecker": (lifelong.online_laplace(Categorical(), structure="kronecker"), (), {"renew": 2}),
+    "kronecker": (
+        lifelong.online_laplace(Categorical(), structure="kronecker"),
+        (),
+        {"curvature_dtype": torch.bfloat16},
+    ),
     "separate": (lifelong.separate(Categorical()), (), {}),
     "joint": (lifelong.joint(Categorical()), (nn.BatchNorm1d(16),), {}),
 }
@@ -123,24 +127,40 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, case, task, epoch):
     assert resumed.prior.num_tasks == 3
 
 
-@pytest.mark.parametrize("renew", [1, 2])
-def test_a_curvature_is_multiplied_with_the_weights_every_few_steps(renew):
-    one = learner("kronecker", renew=renew, optimizer=lambda p: torch.optim.SGD(p, 1e-3), epochs=1)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_curvature_is_multiplied_in_the_dtype_that_was_asked_for(dtype):
+    sgd = {"optimizer": lambda p: torch.optim.SGD(p, 1e-3), "epochs": 1}
+    one = learner("kronecker", **{**sgd, "curvature_dtype": dtype})
     first, second = stream()[:2]
     one.learn(first)
     model, prior, task = copy.deepcopy(one.model), one.prior, second.train
     order = torch.Generator()
     order.set_state(one.generator.get_state())
     one.fit(second)
+    assert one.prior is prior
+    used = prior if dtype is None else prior.rounded(dtype)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    for step, index in enumerate(torch.randperm(len(task), generator=order).split(10)):
-        if step % renew == 0:
-            near = prior if renew == 1 else prior.near(model)
+    for index in torch.randperm(len(task), generator=order).split(10):
         inputs, labels, _ = task.batch(index)
         optimizer.zero_grad()
-        near.loss(model, inputs, labels, num_data=len(task), head=task.head).backward()
+        used.loss(model, inputs, labels, num_data=len(task), head=task.head).backward()
         optimizer.step()
     assert same(weights(model), weights(one.model))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_by_itself_only_single_precision_is_rounded(monkeypatch, double):
+    monkeypatch.setattr("lifelong.learner.multiplies_bfloat16", lambda device: True)
+    one = learner("kronecker", curvature_dtype="auto")
+    if double:
+        one.model.double()
+    params, train = list(one.model.parameters()), stream()[0].train
+    inputs = torch.as_tensor(train.inputs)
+    data = replace(train, inputs=inputs.double() if double else inputs)
+    prior = one.prior.update(one.model, data)
+    assert (one._rounded(prior, params) is prior) == double
+    monkeypatch.setattr("lifelong.learner.multiplies_bfloat16", lambda device: False)
+    assert one._rounded(prior, params) is prior
 
 
 @pytest.mark.parametrize("case", ["si", "scheduler", "dropout"])
@@ -557,7 +577,7 @@ def test_weights_that_blow_up_in_the_last_step_are_noticed():
         ({"batch_size": 0}, "at least 1, got 1 and 0"),
         ({"memory_batch_size": 0}, "memory_batch_size must be at least 1, or None for all, got 0"),
         ({"min_steps": -1}, "min_steps must be at least 0, got -1"),
-        ({"renew": 0}, "renew must be at least 1, got 0"),
+        ({"curvature_dtype": "half"}, "curvature_dtype must be a dtype"),
         ({"clip": -1.0}, "clip must be positive, or None for no clipping, got -1.0"),
     ],
 )

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch import distributions as td
 from torch.nn import functional as F
 
-from lifelong.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from lifelong.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    NextTokens,
+    Poisson,
+)
 
 NOISE_SD = 0.7
 
@@ -390,3 +397,62 @@ def test_labels_never_broadcast(likelihood: Likelihood) -> None:
 def test_noise_is_positive_and_finite(noise_sd: float) -> None:
     with pytest.raises(ValueError, match="noise_sd must be positive and finite"):
         Gaussian(noise_sd)
+
+
+# -------------------------------------------------------------------- the next tokens of a text
+
+L, V = 3, 5
+
+
+def text(seed: int) -> tuple[Tensor, Tensor]:
+    """f (4, L V) and tokens (4, L), some of them not to be predicted."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, V, (4, L), generator=generator)
+    y[torch.rand(4, L, generator=generator) < 0.3] = -100
+    return outputs(seed, L * V), y
+
+
+@given(seed=seeds)
+def test_next_tokens_are_a_sum_over_tokens(seed: int) -> None:
+    likelihood, (f, y) = NextTokens(V), text(seed)
+    each, counted = f.view(4, L, V), (y != -100).double()
+    nll = torch.stack([Categorical().nll(each[:, t], y[:, t].clamp(min=0)) for t in range(L)], 1)
+    close(likelihood.nll(f, y), (nll * counted).sum(1))
+    close(likelihood.residual(f, y), gradient(lambda x: likelihood.nll(x, y), f))
+    f_ref = outputs(seed + 1, L * V)
+    pairs = zip(f_ref.view(4, L, V).unbind(1), each.unbind(1), strict=True)
+    close(likelihood.kl(f_ref, f), torch.stack([Categorical().kl(a, b) for a, b in pairs]).sum(0))
+    close(likelihood.mean(f).view(4, L, V), each.softmax(-1))
+    traces = [Categorical().hessian_trace(each[:, t]) for t in range(L)]
+    close(likelihood.hessian_trace(f), torch.stack(traces).sum(0))
+
+
+def test_drawn_tokens_follow_their_probabilities() -> None:
+    f = outputs(0, L * V, batch=1).expand(20_000, -1)
+    y = NextTokens(V).sample(f, torch.Generator().manual_seed(0))
+    found = F.one_hot(y, V).double().mean(0)
+    torch.testing.assert_close(found, f[0].view(L, V).softmax(-1), atol=0.02, rtol=0)
+
+
+def test_tokens_that_do_not_fit() -> None:
+    likelihood, (f, y) = NextTokens(V), text(0)
+    likelihood.validate(f, y)
+    assert likelihood.mask(f, None) is f
+    with pytest.raises(ValueError, match=r"expected tokens \(B, L\) and logits \(B, L \* 5\)"):
+        likelihood.validate(f[:, 1:], y)
+    with pytest.raises(ValueError, match="expected tokens"):
+        likelihood.validate(f, y[:, 0])
+    with pytest.raises(TypeError, match=r"y\.long\(\)"):
+        likelihood.validate(f, y.int())
+    with pytest.raises(ValueError, match="outside of 0 to 4"):
+        likelihood.validate(f, torch.full_like(y, 5))
+    with pytest.raises(ValueError, match="outside of 0 to 4"):
+        likelihood.validate(f, torch.full_like(y, -1))
+    with pytest.raises(ValueError, match="NextTokens has no classes"):
+        likelihood.mask(f, torch.ones(L * V, dtype=torch.bool))
+    for function in (likelihood.hessian, likelihood.hessian_factor):
+        with pytest.raises(TypeError, match="pass estimator='mc'"):
+            function(f)
+    assert isinstance(likelihood, Likelihood)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        NextTokens(1)

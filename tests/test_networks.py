@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,19 @@ from torch import nn
 import lifelong
 from lifelong import Categorical, Examples
 from lifelong.curvature import diagonal_curvature, kronecker_curvature
-from lifelong.networks import CIFAR, Pixels, cifarnet, mlp, small_vgg, strided_vgg
+from lifelong.networks import (
+    CIFAR,
+    Norm,
+    Pixels,
+    Residual,
+    ResNet,
+    cifarnet,
+    mlp,
+    resnet18,
+    resnet50,
+    small_vgg,
+    strided_vgg,
+)
 
 
 def count(model: nn.Module) -> int:
@@ -90,3 +104,78 @@ def test_what_is_remembered_of_uint8_images_stays_uint8() -> None:
     assert prior.memory is not None
     assert torch.as_tensor(prior.memory.inputs).dtype == torch.uint8
     assert torch.isfinite(prior.loss(model, x, y, num_data=12))
+
+
+# Residual networks --------------------------------------------------------------------------------
+
+
+def tiny_resnet(norm: Norm = "group") -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(5, (1, 1), norm=norm, width=8)
+
+
+def test_residual_networks_have_the_published_sizes() -> None:
+    with torch.device("meta"):
+        assert count(resnet18(1000, norm="batch")) == 11_689_512
+        assert count(resnet50(1000)) == 25_557_032
+
+
+def test_residual_networks_have_the_usual_names() -> None:
+    with torch.device("meta"):
+        names = set(resnet18(10, norm="batch").state_dict())
+    expected = {
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.conv2.weight",
+        "layer4.1.bn2.bias",
+        "layer2.0.downsample.0.weight",
+        "layer2.0.downsample.1.weight",
+        "fc.bias",
+    }
+    assert expected <= names
+    assert len(names) == 122  # as torchvision's
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_a_residual_block_is_the_papers(norm: Norm) -> None:
+    block = Residual(8, 16, 2, norm).eval()
+    x = torch.randn(2, 8, 6, 6)
+    branch = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+    assert block.downsample is not None
+    torch.testing.assert_close(block(x), (branch + block.downsample(x)).relu())
+    assert Residual(8, 8, 1, norm).downsample is None
+
+
+def test_what_the_norms_do_in_training() -> None:
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for norm in get_args(Norm):
+        model = tiny_resnet(norm)
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        training, evaluation = model.train()(x), model.eval()(x)
+        moved = any(not torch.equal(before[n], b) for n, b in model.named_buffers())
+        assert moved == (norm == "batch")
+        assert torch.equal(training, evaluation) == (norm != "batch")
+    assert not list(tiny_resnet("group").buffers())
+    with pytest.raises(ValueError, match="norm must be one of"):
+        tiny_resnet("layer")  # type: ignore[arg-type]
+
+
+def test_curvature_of_a_residual_network_is_that_of_autograd() -> None:
+    model = tiny_resnet().double()
+    g = torch.Generator().manual_seed(0)
+    data = Examples(torch.randn(3, 3, 16, 16, generator=g).double(), torch.arange(3))
+    ours = diagonal_curvature(model, data, Categorical())
+    f = model.eval()(data.inputs)
+    p = f.softmax(1)
+    weights = dict(model.named_parameters())
+    expected = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for i in range(3):
+        for c in range(5):  # sum_c p_c (e_c - p) (e_c - p)ᵀ
+            v = (torch.eye(5).double()[c] - p[i].detach()) * p[i, c].detach().sqrt()
+            for (n, _), j in zip(
+                weights.items(),
+                torch.autograd.grad(f[i] @ v, list(weights.values()), retain_graph=True),
+                strict=True,
+            ):
+                expected[n] += j.square()
+    torch.testing.assert_close(dict(ours.values), expected)

@@ -701,3 +701,24 @@ def test_eigenvectors_by_singular_vectors_where_lapack_gives_up(monkeypatch):
     assert torch.allclose(again, values)
     assert torch.allclose(others @ torch.diag_embed(again) @ others.mT, x)
     assert torch.allclose((others.mT @ vectors).abs(), torch.eye(6).double().expand(4, 6, 6))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_positive_part_of_a_difference(diagonal: bool) -> None:
+    """Positive semi-definite, of no smaller trace than the difference; a product that is positive
+    is its own, also as a difference of two with a common factor."""
+    one, other = kronecker(0, groups=2), kronecker(1, groups=2)
+    if diagonal:
+        one, other = (
+            Kronecker(x.left, x.right.diagonal(dim1=-2, dim2=-1), x.shapes) for x in (one, other)
+        )
+    size = one.dense().matrix.trace() / other.dense().matrix.trace()
+    left = one + other * (-0.3 * float(size))
+    positive = left.positive_part()
+    assert positive.num_products == 1
+    assert float(torch.linalg.eigvalsh(positive.dense().matrix)[0]) > -1e-10
+    assert positive.dense().matrix.trace() >= left.dense().matrix.trace() * (1 - 1e-9)
+    same = one + Kronecker(one.left * -0.4, one.right, one.shapes)
+    torch.testing.assert_close(
+        same.positive_part().dense().matrix, 0.6 * one.dense().matrix, rtol=1e-8, atol=1e-10
+    )

@@ -26,7 +26,7 @@ from lifelong import (
 from lifelong.data import Batch
 from lifelong.memory import Memory, remember
 from lifelong.models import parameters, snapshot
-from lifelong.terms import Block, form, kernel_term, to
+from lifelong.terms import Block, Part, kernel_term, quadratic, to
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -240,8 +240,9 @@ def test_a_precision_is_finite_and_not_negative(precision):
 
 
 @pytest.mark.parametrize("products", [0, 1, 3])
-def test_form_is_half_the_quadratic_form_twice_differentiable(products):
-    """Against autograd through ``quad``; 0 products: a dense G."""
+def test_a_curvature_of_all_parameters_is_half_its_quadratic_form(products):
+    """Twice differentiable, with g and a part of its own beside it; against autograd through
+    ``quad``; 0 products: a dense G."""
     model = mlp()
     d = [torch.randn_like(p, requires_grad=True) for p in parameters(model).values()]
     names = tuple(parameters(model))
@@ -257,14 +258,29 @@ def test_form_is_half_the_quadratic_form_twice_differentiable(products):
     else:
         factor = torch.randn(31, 31).double()
         curvature = Dense(factor @ factor.T, shapes)
-    value = form(curvature, dict(zip(names, d, strict=True)))
-    slow = 0.5 * curvature.quad(dict(zip(names, d, strict=True)))
+    anchors = [torch.randn_like(x) for x in d]
+    g = [torch.randn_like(x) for x in d]
+    parts = {
+        n: Part(a, x if i % 2 else None, (None, 0.7, x.square())[i % 3])
+        for i, (n, a, x) in enumerate(zip(names, anchors, g, strict=True))
+    }
+
+    def of(*params: Tensor) -> Tensor:
+        return quadratic(parts, dict(zip(names, params, strict=True)), curvature)
+
+    def slowly(*params: Tensor) -> Tensor:
+        gaps = [p - a for p, a in zip(params, anchors, strict=True)]
+        value = 0.5 * curvature.quad(dict(zip(names, gaps, strict=True)))
+        for x, part in zip(gaps, parts.values(), strict=True):
+            own = 0.0 if part.curvature is None else part.curvature
+            value = value + 0.5 * (own * x.square()).sum()
+            value = value + (0.0 if part.gradient is None else (part.gradient * x).sum())
+        return value
+
+    value, slow = of(*d), slowly(*d)
     assert torch.allclose(value, slow)
     for fast, other in zip(torch.autograd.grad(value, d), torch.autograd.grad(slow, d)):
         assert torch.allclose(fast, other)
-
-    def of(*parts: Tensor) -> Tensor:
-        return form(curvature, dict(zip(names, parts, strict=True)))
 
     assert torch.autograd.gradcheck(of, d)
     assert torch.autograd.gradgradcheck(of, d)

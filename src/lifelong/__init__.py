@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         kronecker_curvature,
         low_rank_curvature,
     )
-    from .data import Examples
+    from .data import Examples, shard
     from .divergences import KL, Logit
     from .dnn2gp import GaussianProcess, pseudo_data
     from .errors import (
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .function_space import function_covariance, function_kernel
     from .kernel_methods import Hinge, KernelMachine, KernelPrior
     from .learner import Learner
-    from .likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+    from .likelihoods import Bernoulli, Categorical, Gaussian, NextTokens, Poisson
     from .memory import Memory, memorise
     from .metrics import AccuracyMatrix, evaluate, prequential
     from .models import evaluating, widen
@@ -118,6 +118,7 @@ __all__ = [
     "Memory",
     "MemoryStore",
     "MemoryTerm",
+    "NextTokens",
     "NonFiniteError",
     "NotConvergedError",
     "NotRepeatableError",
@@ -177,6 +178,7 @@ __all__ = [
     "rotated",
     "sensitivities",
     "separate",
+    "shard",
     "si",
     "split_by_class",
     "variance_from_optimizer",
@@ -206,7 +208,7 @@ _MODULES = {
         "kronecker_curvature",
         "low_rank_curvature",
     ),
-    "data": ("Examples",),
+    "data": ("Examples", "shard"),
     "divergences": (
         "KL",
         "Logit",
@@ -237,6 +239,7 @@ _MODULES = {
         "Bernoulli",
         "Categorical",
         "Gaussian",
+        "NextTokens",
         "Poisson",
     ),
     "memory": (

@@ -12,9 +12,10 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .commands.bench import bench
 from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
-from .commands.plan import plan
+from .commands.plan import forecast
 from .config import (
     DemoFlags,
     Experiment,
@@ -70,6 +71,7 @@ examples:
   lifelong run --resume runs/x                        go on after an interruption
   lifelong run --config runs/x/config.toml --prior ewc --set strength=10 --out runs/y
   lifelong run --prior ewc --json --quiet > ewc.json
+  torchrun --nproc-per-node=2 -m lifelong run --out runs/x     two processes, the same numbers
 """
 
 DEMO = """\
@@ -119,7 +121,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "bench": bench,
         "adapt": _adapt,
         "memory": memory,
-        "plan": plan,
+        "plan": forecast,
         "certificate": certificate,
     }
     name, *rest = args
@@ -142,7 +144,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if "--debug" in rest:
             raise
-        return _fail(prog, _one_line(error), 2 if isinstance(error, UsageError) else 1)
+        return _fail(prog + _which(), _one_line(error), 2 if isinstance(error, UsageError) else 1)
 
 
 def _fail(prog: str, message: str, code: int) -> int:
@@ -201,7 +203,7 @@ def _resume(flags: RunFlags) -> int:
         experiment = replace(config.experiment, data=flags.experiment.data.absolute())
         config = replace(config, experiment=experiment)
     changed = runs.changed_versions(folder)
-    if changed:
+    if changed and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(
             f"lifelong run: since this run was started, {'; '.join(changed)}: its numbers may "
             "differ in the last digits from those of an uninterrupted run\n"
@@ -225,23 +227,59 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
     from . import runs
     from .display import run_progress, run_table
 
-    if new:
-        runs.require_free(folder)
-    torch.set_num_threads(config.training.threads)
-    prepared = runs.prepare(config)
-    if new:
-        runs.create(prepared, folder)
-    try:
-        with run_progress(prepared, quiet=output.quiet) as watch:
-            summary = runs.execute(prepared, folder, watch)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\nInterrupted. Go on with: {runs.resume_command(folder)}\n")
-        return 130
+    with _processes() as ranks:
+        first = ranks is None or ranks.rank == 0
+        if new and first:
+            runs.require_free(folder)
+        torch.set_num_threads(config.training.threads)
+        plan = runs.prepare(config)
+        if new and first:
+            runs.create(plan, folder)
+        try:
+            with run_progress(plan, quiet=output.quiet or not first) as watch:
+                summary = runs.execute(plan, folder, watch, ranks)
+        except KeyboardInterrupt:
+            if first:
+                sys.stderr.write(f"\nInterrupted. Go on with: {runs.resume_command(folder)}\n")
+            return 130
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}. What was saved is unharmed: go on with {runs.resume_command(folder)}, "
+                "under torchrun again or without"
+            ) from error
+    if not first:
+        return 0
     if output.json:
         sys.stdout.write(json.dumps({**summary, "out": str(folder)}, allow_nan=False) + "\n")
     else:
-        run_table(prepared, summary, folder)
+        run_table(plan, summary, folder)
     return 0
+
+
+@contextmanager
+def _processes() -> Iterator[Any]:
+    """The processes that torchrun has started, which learn together; None without it."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+        yield None
+        return
+    from .distributed import Ranks
+
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks()
+    finally:
+        distributed.destroy_process_group()
+
+
+# All ranks do the same work, so that none waits long unless another one hangs.
+_PATIENCE = timedelta(minutes=10)
+
+
+def _which() -> str:
+    """Which of several processes speaks."""
+    return f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
 
 
 # demo ---------------------------------------------------------------------------------------------

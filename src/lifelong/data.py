@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
 
+from .distributed import Ranks
 from .errors import NotRepeatableError
 from .models import Inputs, move, rows, take
 
@@ -93,7 +94,79 @@ class Examples(Dataset):
         return Batch(inputs, self.labels[index], self.ids[index])
 
 
-Data = Examples | Dataset | DataLoader | tuple | Iterable  # whatever ``batches`` reads
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One rank's part of data that all ranks of a group hold together, in the order of the ranks.
+
+    Passes read ``local`` alone and add up over the ranks; ``num_examples`` is of all. Ids are the
+    positions in the whole, unless others were given: they must differ between all examples. A rank
+    may hold none; ``shard`` makes it. local: this rank's data; start: where they begin in the
+    whole; total: N.
+    """
+
+    local: Any
+    ranks: Ranks
+    start: int
+    total: int
+    head: Head | None = None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.ranks.sum(tensors)
+
+
+def shard(data: Data, ranks: Ranks | None = None, *, ids: Tensor | None = None) -> Shard:
+    """This rank's part of data that the ranks hold together; called on every rank.
+
+    ranks: by default the default process group. ids (n,): of ``Examples``, in place of positions in
+    the whole. Raises ValueError without a process group and where heads differ between ranks,
+    TypeError for ids of other data.
+    """
+    ranks, data = Ranks() if ranks is None else ranks, as_data(data)
+    count = 0 if _is_empty(data) else num_examples(data)
+    counts = ranks.objects(count)
+    start = sum(counts[: ranks.rank])
+    head = getattr(data, "head", None)
+    ranks.require_same("head", head)
+    if isinstance(data, Examples):
+        own = torch.arange(start, start + count) if ids is None else torch.as_tensor(ids)
+        data = replace(data, ids=own)
+    elif ids is not None:
+        raise TypeError(f"ids are for Examples, got {type(data).__name__}")
+    return Shard(data, ranks, start, sum(counts), head)
+
+
+def _is_empty(data: Any) -> bool:
+    return isinstance(data, Dataset) and hasattr(data, "__len__") and len(data) == 0  # type: ignore[arg-type]
+
+
+def summed(data: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over one rank's examples, as sums over those of all ranks where data are a ``Shard``."""
+    return data.sum(tensors) if isinstance(data, Shard) else list(tensors)
+
+
+def every_id(data: Any) -> Tensor:
+    """(N,) of all examples, on all ranks."""
+    if isinstance(data, Shard):
+        parts = [batch.ids for batch in batches(data)]
+        return data.ranks.gather(torch.cat(parts) if parts else None)
+    return data.ids if isinstance(data, Examples) else torch.arange(num_examples(data))
+
+
+def every_label(data: Any) -> Tensor:
+    """(N,) or (N, C) of all examples, on all ranks."""
+    data = as_data(data)
+    if isinstance(data, Examples):
+        return data.labels
+    parts = [batch.labels for batch in batches(data)]
+    if isinstance(data, Shard):
+        return data.ranks.gather(torch.cat(parts) if parts else None)
+    return torch.cat(parts)
+
+
+Data = Examples | Shard | Dataset | DataLoader | tuple | Iterable  # whatever ``batches`` reads
 
 
 def as_data(data: Data) -> Any:
@@ -124,12 +197,24 @@ def head_mask(head: Head | None, num_outputs: int, device: Any = None) -> Tensor
     return mask
 
 
+def among(ids: Tensor, known: Tensor) -> Tensor:
+    """Which of ids (B,) are in ``known`` (M,), which is sorted: (B,) bool in B log M steps, so that
+    asking for a batch at a time costs no more than asking at once (``torch.isin`` reads all M)."""
+    if len(known) == 0:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    known = known.to(ids.device)
+    return known[torch.searchsorted(known, ids).clamp_(max=len(known) - 1)] == ids
+
+
 def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
     """The data once, in order, as ``Batch``; the last one may be smaller.
 
     Raises ValueError where there is not one example, TypeError where the data are not read so.
     """
     data = as_data(data)
+    if isinstance(data, Shard):
+        yield from _of_shard(data, batch_size)
+        return
     start = 0
     for inputs, labels, ids in _read(data, batch_size):
         labels = torch.as_tensor(labels)
@@ -142,6 +227,16 @@ def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
         start += n
     if start == 0:
         raise ValueError("the data hold no examples; pass a task with at least one")
+
+
+def _of_shard(data: Shard, batch_size: int) -> Iterator[Batch]:
+    if data.total == 0:
+        raise ValueError("no rank holds an example; pass a task with at least one")
+    if _is_empty(data.local):
+        return
+    for batch in batches(data.local, batch_size):
+        known = isinstance(data.local, Examples)
+        yield batch if known else batch._replace(ids=batch.ids + data.start)
 
 
 def _read(data: Any, batch_size: int) -> Iterator[tuple[Inputs, Any, Tensor | None]]:
@@ -186,14 +281,22 @@ def _pair(item: Any) -> tuple[Inputs, Any]:
 
 
 def num_examples(data: Data) -> int:
-    """How many examples one pass over the data gives."""
+    """How many examples one pass over the data gives, of all ranks where they are a ``Shard``."""
     data = as_data(data)
+    if isinstance(data, Shard):
+        return data.total
     if isinstance(data, DataLoader):
         whole = type(data.sampler) is SequentialSampler and data.batch_size and not data.drop_last
-        data = data.dataset if whole else data
+        if whole and hasattr(data.dataset, "__len__"):  # a Dataset, a list, a table of datasets'
+            return len(data.dataset)  # type: ignore[arg-type]
     if isinstance(data, Dataset) and hasattr(data, "__len__"):
         return len(data)  # type: ignore[arg-type]
     return sum(len(batch.labels) for batch in batches(data))
+
+
+def num_local(data: Shard) -> int:
+    """Of this rank."""
+    return 0 if _is_empty(data.local) else num_examples(data.local)
 
 
 def require_repeatable(data: Data) -> None:
@@ -203,6 +306,10 @@ def require_repeatable(data: Data) -> None:
     the same examples. A shuffling loader is also told by its sampler, before any reading.
     """
     data = as_data(data)
+    if isinstance(data, Shard):
+        if num_local(data):
+            require_repeatable(data.local)
+        return
     if isinstance(data, Examples) and data.transform is None:
         return
     shuffles = isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler)

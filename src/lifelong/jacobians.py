@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks
-from .data import BATCH_SIZE, Data, batches, head_mask, head_of
+from .data import BATCH_SIZE, Data, Shard, among, batches, head_mask, head_of, num_local, summed
 from .errors import NotRepeatableError
 from .hooks import PROBE_ROWS, Engine, Outer, Trace, accumulator, output_vjp, upcast
 from .likelihoods import Likelihood, require_likelihood
@@ -76,7 +76,7 @@ def gradient(
             parts = output_vjp(f, list(chosen.values()), r.to(f.dtype), again=False)
             for name, part in zip(chosen, parts, strict=True):
                 total[name] += part
-    return total
+    return dict(zip(total, summed(data, list(total.values())), strict=True))
 
 
 def per_example_jacobian(
@@ -239,6 +239,12 @@ def weighted_batches(
     classes = head_of(data, head)
     if weights is not None and not bool(torch.isfinite(weights).all()):
         raise ValueError("expected finite weights, got NaN or infinite ones")
+    if exclude is not None:
+        exclude = exclude.sort().values
+    if weights is not None and isinstance(data, Shard):  # of all ranks' examples
+        if len(weights) != data.total:
+            raise ValueError(f"expected {data.total} weights, one for each, got {len(weights)}")
+        weights = weights[data.start : data.start + num_local(data)]
     start = 0
     for number, batch in enumerate(batches(data, batch_size)):
         n = len(batch.labels)
@@ -254,7 +260,7 @@ def weighted_batches(
         start += n
         keep = w != 0
         if exclude is not None:
-            keep = keep & ~torch.isin(batch.ids, exclude.to(batch.ids.device)).to(w.device)
+            keep = keep & ~among(batch.ids, exclude).to(w.device)
         inputs, labels = batch.inputs, batch.labels
         if not bool(keep.all()):
             index = keep.nonzero().squeeze(1)

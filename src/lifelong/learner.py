@@ -24,11 +24,22 @@ from torch import Tensor, nn
 from . import checkpoint
 from .augment import Augment
 from .curvature.follow import followed
-from .data import Examples, Head, head_mask
+from .data import Data, Examples, Head, head_mask, shard
+from .distributed import Ranks
 from .errors import CheckpointError, NonFiniteError
 from .memory import Memory, remember
 from .metrics import AccuracyMatrix, Evaluation, evaluate
-from .models import Inputs, evaluating, forward, move, parameters, require_finite, rows, snapshot
+from .models import (
+    Inputs,
+    evaluating,
+    forward,
+    move,
+    multiplies_bfloat16,
+    parameters,
+    require_finite,
+    rows,
+    snapshot,
+)
 from .path import PathIntegral
 from .prior import Prior
 from .refit import Refit, refit, steps_of_removal
@@ -69,12 +80,16 @@ class Learner:
     task. scheduler: (optimizer, number of steps) -> a scheduler stepped after each batch.
     epochs, batch_size: of new data. memory_batch_size: remembered examples per step; None takes
     all of them. clip: largest norm of the gradient. autocast: a dtype for mixed precision.
-    renew: steps after which a curvature that is more than a diagonal is multiplied with the weights
-    again (``Prior.near``): 4 is cheaper, and stable only where a step is below about a quarter of
-    the largest stable one (as Adam's usual ones are); 1 does so in every step.
+    curvature_dtype: of products with Kronecker factors in training (``Prior.rounded``); "auto" is
+    bfloat16 for a float32 model where the processor multiplies that faster, None rounds nothing.
     augment: changes inputs in training, new and remembered (``lifelong.augment``). min_steps: a
     task that makes fewer in ``epochs`` passes gets more of them.
     seed: of the order of the data, of augmentation and of every draw from memory.
+    ranks: processes that train together, each with a learner of the same arguments and weights and
+    with all of the data at hand. Each takes its part of every batch, and of the task for what
+    follows it; gradients are added up, so that weights, prior and accuracies are those of one
+    process, to rounding (augmentation, dropout and "mc" draw anew on each). Rank 0 writes files.
+    Of what is drawn from memory each reads its part, too.
     """
 
     def __init__(
@@ -91,8 +106,9 @@ class Learner:
         autocast: torch.dtype | None = None,
         augment: Augment | None = None,
         min_steps: int = 0,
-        renew: int = 1,
+        curvature_dtype: torch.dtype | Literal["auto"] | None = "auto",
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if epochs < 1 or batch_size < 1:
             raise ValueError(
@@ -104,16 +120,19 @@ class Learner:
             )
         if min_steps < 0:
             raise ValueError(f"min_steps must be at least 0, got {min_steps}")
-        if renew < 1:
-            raise ValueError(f"renew must be at least 1, got {renew}")
+        if isinstance(curvature_dtype, str) and curvature_dtype != "auto":
+            raise ValueError(
+                f'curvature_dtype must be a dtype, "auto" or None, got {curvature_dtype!r}'
+            )
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, or None for no clipping, got {clip}")
         self.model, self.prior = model, prior
         self.optimizer, self.scheduler = optimizer or adam(), scheduler
         self.epochs, self.batch_size, self.memory_batch_size = epochs, batch_size, memory_batch_size
         self.clip, self.autocast = clip, autocast
-        self.augment, self.min_steps, self.renew = augment, min_steps, renew
+        self.augment, self.min_steps, self.curvature_dtype = augment, min_steps, curvature_dtype
         self.generator = torch.Generator().manual_seed(seed)
+        self.ranks = ranks
         self.accuracy: list[list[float]] = []
         self.seconds = 0.0
         self.gradients = 0  # examples, new and remembered, whose loss was differentiated
@@ -142,12 +161,12 @@ class Learner:
 
     def memorise(self, task: Task) -> Memory | None:
         """The examples of the task that the prior would keep."""
-        return self.prior.memorise(self.model, task.train, generator=self.generator)
+        return self.prior.memorise(self.model, self._shared(task), generator=self.generator)
 
     def recall(self, task: Task, items: Memory | None = None) -> Prior:
         """Make the learned posterior the next prior, keeping ``items``."""
         self.prior = self.prior.recall(
-            self.model, task.train, items, path=self._path, generator=self.generator
+            self.model, self._shared(task), items, path=self._path, generator=self.generator
         )
         return self.prior
 
@@ -352,6 +371,8 @@ class Learner:
         def save(*, now: bool = False) -> None:
             nonlocal last, behind
             behind = not (now or time.monotonic() - last >= save_every)
+            if self.ranks is not None:  # clocks differ, and all save together
+                behind = self.ranks.objects(behind)[0]
             if folder is not None and not behind:
                 self.save(Path(folder) / CHECKPOINT)
                 last = time.monotonic()
@@ -401,9 +422,14 @@ class Learner:
             "gradients": self.gradients,
             "within": self._within,
             "generator": self.generator.get_state(),
-            "global_random": torch.get_rng_state(),
+            "global_random": self._random_states(),
         }
-        return checkpoint.save(path, state, kind="learner")
+        if self.ranks is None:
+            return checkpoint.save(path, state, kind="learner")
+        if self.ranks.rank == 0:
+            checkpoint.save(path, state, kind="learner")
+        self.ranks.objects(None)  # nobody goes on, or reads it, before it is there
+        return Path(path)
 
     def load(self, path: str | Path) -> Learner:
         """Go on from ``save``.
@@ -435,10 +461,23 @@ class Learner:
         self.seconds, self._within = state["seconds"], state["within"]
         self.gradients = state.get("gradients", 0)
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_random"])
+        self._set_random_state(state["global_random"])
         return self
 
     # ---------------------------------------------------------------- inside
+
+    def _random_states(self) -> Tensor:
+        """torch's random state; of all ranks, one below the other, since dropout draws on each."""
+        state = torch.get_rng_state()
+        return state if self.ranks is None else self.ranks.gather(state[None])
+
+    def _set_random_state(self, states: Tensor) -> None:
+        """This rank's; the first one's where there were another number of them."""
+        states = states.reshape(-1, len(torch.get_rng_state()))
+        same = self.ranks is not None and len(states) == self.ranks.size
+        # A copy: a state that lies within another tensor was seen to end the process.
+        mine = states[self.ranks.rank if self.ranks is not None and same else 0]
+        torch.set_rng_state(mine.clone())
 
     _path: PathIntegral | None = None
 
@@ -451,7 +490,7 @@ class Learner:
             if within is None:
                 if reference is not None:
                     self.model.load_state_dict(self._initial)
-                self.prior = self.prior.prepare(self.model, data)
+                self.prior = self.prior.prepare(self.model, self._shared(task))
             prior = self.prior
             params = list(parameters(self.model).values())
             pool = self._pool(data) if reference == "joint" else None
@@ -473,6 +512,7 @@ class Learner:
                 if path is not None:
                     path.load_state_dict(within["path"])
                 first, start = within["epoch"], start - within["seconds"]
+            prior = self._rounded(prior, params)
             with path if path is not None else nullcontext():
                 for epoch in range(first, epochs):
                     loss = self._epoch(data, pool, prior, optimizer, scheduler, params)
@@ -498,7 +538,59 @@ class Learner:
         )
 
     def _augmented(self, inputs: Inputs) -> Inputs:
-        return inputs if self.augment is None else self.augment(inputs, self.generator)
+        if self.augment is None:
+            return inputs
+        return self.augment(inputs, self.generator if self._own is None else self._own)
+
+    _own: torch.Generator | None = None  # of what a rank draws by itself, in one epoch
+
+    def _shared(self, task: Task) -> Data:
+        """A task for what follows its training: a rank's part of it where there are ranks."""
+        if self.ranks is None:
+            return task.train
+        count = len(task.train)
+        start, stop = (count * (self.ranks.rank + i) // self.ranks.size for i in (0, 1))
+        mine = task.train[start:stop]
+        return shard(mine, self.ranks, ids=mine.ids)
+
+    def _mine(self, index: Tensor) -> Tensor:
+        """A rank's part of a batch."""
+        return index if self.ranks is None else index[self.ranks.rank :: self.ranks.size]
+
+    def _summed(self, params: list[nn.Parameter], loss: Tensor) -> Tensor:
+        """The gradients of all ranks in place of this one's, and the sum of their losses: all of
+        them see one that is not finite, so that all of them stop."""
+        if self.ranks is None:
+            return loss
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        *grads, loss = self.ranks.sum([*grads, loss.detach()])
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        if self._path is not None:
+            self._path.keep()
+        return loss
+
+    def _loss(self, prior: Prior, data: Examples, part: Tensor, size: int) -> Tensor:
+        """Nats per example of a batch of ``size``, of which ``part`` is this rank's: over the ranks
+        the losses add up to that of one process."""
+        count, device = len(data), self._device
+        share = 1 if self.ranks is None else self.ranks.size
+        memory: dict[str, Any] = {"batch_size": self.memory_batch_size, "generator": self.generator}
+        memory["ranks"] = self.ranks
+        if len(part) == 0:
+            return prior(self.model, **memory) / (share * count)
+        inputs, labels, _ = data.batch(part)
+        weight = len(part) / size
+        loss = prior.loss(
+            self.model,
+            move(inputs, device),
+            move(labels, device),
+            num_data=count if self.ranks is None else weight * share * count,
+            head=data.head,
+            augment=None if self.augment is None else self._augmented,
+            **memory,
+        )
+        return loss if self.ranks is None else weight * loss
 
     def _undo(self) -> Callable[[], None]:
         """What puts everything that ``fit`` changes back to where it is now."""
@@ -545,36 +637,32 @@ class Learner:
         total = 0.0
         remembered = 0 if pool is not None else prior.num_drawn(self.memory_batch_size)
         order = torch.randperm(count, generator=self.generator)
-        whole = prior
-        for step, index in enumerate(order.split(self.batch_size)):
-            if self.renew > 1 and step % self.renew == 0:
-                prior = whole.near(self.model)
+        if self.ranks is not None and self.augment is not None:
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            self._own = torch.Generator().manual_seed(seed + self.ranks.rank)
+        share = 1 if self.ranks is None else self.ranks.size
+        for index in order.split(self.batch_size):
             optimizer.zero_grad(set_to_none=True)
+            part = self._mine(index)
             with self._precision(device):
                 if pool is None:
-                    inputs, labels, _ = data.batch(index)
-                    loss = prior.loss(
-                        self.model,
-                        move(inputs, device),
-                        move(labels, device),
-                        num_data=count,
-                        head=data.head,
-                        batch_size=self.memory_batch_size,
-                        augment=None if self.augment is None else self._augmented,
-                        generator=self.generator,
-                    )
+                    loss = self._loss(prior, data, part, len(index))
                 else:
-                    drawn = pool.memory[index].to(device)
-                    f = forward(self.model, self._augmented(drawn.inputs))
-                    nats = pool.value(f.float() if self.autocast else f, drawn, prior.likelihood)
-                    loss = nats / len(index) + prior.weight_space(self.model) / count
+                    loss = prior.weight_space(self.model) / (share * count)
+                    if len(part):
+                        drawn = pool.memory[part].to(device)
+                        f = forward(self.model, self._augmented(drawn.inputs))
+                        f = f.float() if self.autocast else f
+                        loss = pool.value(f, drawn, prior.likelihood) / len(index) + loss
+            if loss.requires_grad:  # a rank may have nothing to say
+                loss.backward()
+            loss = self._summed(params, loss)
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss became {loss.item()} after {total / max(1, count):.4g} nats per "
                     "example; lower the learning rate or clip the gradient. The model was put "
                     "back to where this task began"
                 )
-            loss.backward()
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(params, self.clip)
             optimizer.step()
@@ -588,6 +676,15 @@ class Learner:
 
     def _precision(self, device: torch.device) -> Any:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _rounded(self, prior: Prior, params: Sequence[nn.Parameter]) -> Prior:
+        """The prior as the steps of training see it."""
+        dtype = self.curvature_dtype
+        if isinstance(dtype, str):
+            single = all(p.dtype == torch.float32 for p in params)
+            faster = single and multiplies_bfloat16(params[0].device.type)
+            dtype = torch.bfloat16 if faster else None
+        return prior if dtype is None else prior.rounded(dtype)
 
     def _pool(self, data: Examples) -> MemoryTerm:
         """All examples so far, each under its own head: what joint training trains on."""

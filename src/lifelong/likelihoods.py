@@ -219,6 +219,83 @@ class Categorical:
 
 
 @dataclass(frozen=True)
+class NextTokens:
+    r"""The L next tokens of a text, each one of V; ``f`` (B, L V) are logits, ``y`` (B, L) tokens.
+
+    l = sum_t l_categorical(y_t, f_t) in nats of the whole text, over tokens whose label is not
+    -100. One text is one example: its tokens share their inputs. They are independent given those,
+    so that labels drawn for all tokens at once give an unbiased estimate of
+    sum_t J_tᵀ H_t J_t by one backward pass ("mc").
+
+    Its Hessian has (L V)² numbers for a text, and a root of it L V columns: ``hessian`` and
+    ``hessian_factor`` raise TypeError, and with them exact curvature. "mc" and "empirical" need
+    neither. Memories of outputs would hold L V numbers for a text, so
+    ``lifelong.integrations.transformers``, which makes a model's outputs flat, allows a prior of
+    the weights alone.
+    """
+
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < 2:
+            raise ValueError(f"a vocabulary has at least 2 tokens, got {self.vocabulary}")
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        each = F.cross_entropy(self._tokens(f), y.flatten(), reduction="none", ignore_index=-100)
+        return each.view(y.shape).sum(-1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        return F.softmax(self._tokens(f), dim=-1).view(f.shape)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        r, y = F.softmax(self._tokens(f), dim=-1), y.flatten()
+        counted = (y != -100).to(r.dtype).unsqueeze(1)
+        r.scatter_add_(1, y.clamp(min=0).unsqueeze(1), -torch.ones_like(counted))
+        return (r * counted).view(f.shape)
+
+    def hessian(self, f: Tensor) -> Tensor:
+        raise TypeError(
+            f"the Hessian of a text in its {f.shape[-1]} outputs is too large to be formed; pass "
+            "estimator='mc' (unbiased) or 'empirical' for its curvature"
+        )
+
+    def hessian_factor(self, f: Tensor) -> Tensor:
+        return self.hessian(f)
+
+    def hessian_trace(self, f: Tensor) -> Tensor:
+        return Categorical().hessian_trace(self._tokens(f)).view(len(f), -1).sum(-1)
+
+    def kl(self, f_ref: Tensor, f: Tensor) -> Tensor:
+        return Categorical().kl(self._tokens(f_ref), self._tokens(f)).view(len(f), -1).sum(-1)
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return Categorical().sample(self._tokens(f), generator).view(len(f), -1)
+
+    def validate(self, f: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+        _no_mask(f, mask, "NextTokens")
+        if f.ndim != 2 or y.ndim != 2 or f.shape != (len(y), y.shape[1] * self.vocabulary):
+            raise ValueError(
+                f"expected tokens (B, L) and logits (B, L * {self.vocabulary}), got "
+                f"{tuple(y.shape)} and {tuple(f.shape)}"
+            )
+        if y.dtype != torch.int64:
+            raise TypeError(f"tokens must be int64, got {y.dtype}; convert them with y.long()")
+        wrong = (y != -100) & ((y < 0) | (y >= self.vocabulary))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"tokens lie outside of 0 to {self.vocabulary - 1} (and -100, which is not "
+                f"predicted): {y[wrong][:5].tolist()}"
+            )
+
+    def mask(self, f: Tensor, mask: Tensor | None) -> Tensor:
+        return _no_mask(f, mask, "NextTokens")
+
+    def _tokens(self, f: Tensor) -> Tensor:
+        """(B, L V) -> (B L, V)."""
+        return f.reshape(-1, self.vocabulary)
+
+
+@dataclass(frozen=True)
 class Bernoulli:
     r"""Each output is a yes or no; ``f`` are logits, p = sigmoid(f); sums over the outputs.
 

@@ -19,7 +19,20 @@ from torch import Tensor, nn
 
 from . import curve, select
 from .budget import Bytes, Fidelity, Given, parse
-from .data import BATCH_SIZE, Batch, Data, Head, batches, head_mask, head_of, num_examples
+from .data import (
+    BATCH_SIZE,
+    Batch,
+    Data,
+    Head,
+    Shard,
+    among,
+    batches,
+    every_id,
+    every_label,
+    head_mask,
+    head_of,
+    num_examples,
+)
 from .likelihoods import Likelihood
 from .models import (
     Inputs,
@@ -123,7 +136,12 @@ class Memory:
     def sample(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
         """As ``draw``, but each column is copied only when it is asked for."""
         index = self._drawn(n, generator)
-        return self if index is None else Sample(self, index)
+        return self if index is None else Sample(self, index, len(self) / len(index))
+
+    def part(self, rank: int, size: int) -> Memory:
+        """The stretch of the items that is rank's of ``size`` ranks, each item believed ``size``
+        times as much: the mean over the ranks of a weighted sum is that over all items."""
+        return self[_stretch(len(self), rank, size)].scaled(size)
 
     def _drawn(self, n: int | None, generator: torch.Generator | None) -> Tensor | None:
         """(n,) int64; None for all."""
@@ -171,14 +189,20 @@ class Memory:
 class Sample:
     """The rows ``index`` of a memory as a loss needs them: of eight columns it reads three or four.
 
-    soft_weight and hard_weight are scaled so that weighted sums are unbiased for all of memory.
+    soft_weight and hard_weight times ``scale``: weighted sums are then unbiased for all of memory.
     """
 
     memory: Memory
     index: Tensor
+    scale: float
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def part(self, rank: int, size: int) -> Sample:
+        """As ``Memory.part``."""
+        index = self.index[_stretch(len(self.index), rank, size)]
+        return replace(self, index=index, scale=self.scale * size)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -198,15 +222,15 @@ class Sample:
 
     @property
     def soft_weight(self) -> Tensor:
-        return self.memory.soft_weight.index_select(0, self.index) * self._scale
+        return self.memory.soft_weight.index_select(0, self.index) * self.scale
 
     @property
     def hard_weight(self) -> Tensor:
-        return self.memory.hard_weight.index_select(0, self.index) * self._scale
+        return self.memory.hard_weight.index_select(0, self.index) * self.scale
 
-    @property
-    def _scale(self) -> float:
-        return len(self.memory) / len(self.index)
+
+def _stretch(n: int, rank: int, size: int) -> slice:
+    return slice(n * rank // size, n * (rank + 1) // size)
 
 
 _ROWS = tuple(field.name for field in fields(Memory) if field.name != "heads")
@@ -275,6 +299,9 @@ def memorise(
     head = head_of(data, head)
     passing = _Pass(model, data, likelihood, head, task, batch_size)
     size = parse(budget)
+    if isinstance(data, Shard):
+        over = _Choice(size, score, per_class, descending, variance, generator)
+        return _of_all_ranks(passing, over, None if ids is None else torch.as_tensor(ids))
     # At random nothing but the labels is needed until it is known who stays.
     asks = score != "random"
     if ids is None and isinstance(size, Fidelity):
@@ -462,12 +489,9 @@ def _require_finite_inputs(inputs: Inputs) -> None:
 def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
     """Every example, or those with the given ids."""
     parts = []
+    wanted = None if ids is None else ids.sort().values
     for batch, f, _ in passing:
-        index = (
-            slice(None)
-            if ids is None
-            else torch.isin(batch.ids, ids.to(batch.ids.device)).nonzero().squeeze(1)
-        )
+        index = slice(None) if wanted is None else among(batch.ids, wanted).nonzero().squeeze(1)
         parts.append(passing.items(batch.rows(index), f[index]))
     found = parts[0].add(*parts[1:])
     if ids is not None:
@@ -475,6 +499,77 @@ def _gather(passing: _Pass, ids: Tensor | None) -> Memory:
         if len(missing):
             raise ValueError(f"ids {missing[:10].tolist()} are not in the data")
     return found
+
+
+class _Choice(NamedTuple):
+    """How items are chosen: the arguments of ``memorise``."""
+
+    size: Any
+    score: Score | str
+    per_class: bool
+    descending: bool
+    variance: Params | None
+    generator: torch.Generator | None
+
+
+def _of_all_ranks(passing: _Pass, by: _Choice, ids: Tensor | None) -> Memory:
+    """The memory that one process would choose from the examples of all ranks; all of it on each.
+
+    Scores and labels of all examples are gathered, of inputs those that stay alone.
+    """
+    data: Any = passing.data
+    if isinstance(by.size, Bytes | Fidelity) or by.score == "k_centre":
+        raise ValueError(
+            "over several ranks a memory is a number of examples, chosen by a score of each; "
+            f"got memory={by.size} and score={by.score!r}"
+        )
+    every = every_id(data)
+    if len(every.unique()) != len(every):
+        raise ValueError("two examples on some ranks have one id; leave ids to shard()")
+    if ids is not None:
+        missing = ids[~torch.isin(ids, every)]
+        if len(missing):
+            raise ValueError(f"ids {missing[:10].tolist()} are not in the data of any rank")
+        wanted = every[torch.isin(every, ids)]
+    elif by.size is None:
+        wanted = every
+    else:
+        if by.size > len(every):
+            raise ValueError(
+                f"a memory of {by.size} examples was asked for, but the task has {len(every)}; "
+                f"pass memory={len(every)} or less"
+            )
+        wanted = every[_chosen_positions(passing, by, len(every))]
+    parts = []
+    ordered = wanted.sort().values
+    for batch, f, _ in passing:
+        index = among(batch.ids, ordered).nonzero().squeeze(1)
+        if len(index):
+            parts.append(passing.items(batch.rows(index), f[index]))
+    mine = parts[0].add(*parts[1:]) if parts else None
+    heads = (passing.head,)
+    columns = {
+        name: data.ranks.gather_each(None if mine is None else getattr(mine, name))
+        for name in _ROWS
+    }
+    found = Memory(**columns, heads=heads)
+    found = found[found.origin.argsort()]
+    return found[wanted.argsort().argsort()]
+
+
+def _chosen_positions(passing: _Pass, by: _Choice, count: int) -> Tensor:
+    """Positions among the examples of all ranks, in the order in which ``memorise`` has them."""
+    data: Any = passing.data
+    if by.score == "random":
+        keys = torch.rand(count, generator=by.generator, dtype=torch.float64)
+    else:
+        mine = [pool.keys for pool in _groups(passing, by.score, by.variance, by.generator)]
+        keys = data.ranks.gather(torch.cat(mine) if mine else None)
+    labels = every_label(data)
+    if not (by.per_class and labels.ndim == 1 and not labels.is_floating_point()):
+        return select.top_k(keys, by.size, descending=by.descending)
+    chosen = select.per_class(keys, labels, by.size, descending=by.descending)
+    return chosen[torch.sort(labels[chosen], stable=True).indices]
 
 
 def _at(passing: _Pass, positions: Tensor) -> Memory:

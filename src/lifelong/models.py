@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -191,3 +193,15 @@ def require_finite(value: Tensor, what: str) -> None:
             f"{what} is NaN or infinite; lower the learning rate, clip the gradient, or look at "
             "the inputs of this batch. Nothing was changed"
         )
+
+
+@lru_cache
+def multiplies_bfloat16(device: str = "cpu") -> bool:
+    """Whether a type of device has units for bfloat16, so that its products are the faster ones."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return device == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .planning import Network
+from .planning import Layer, Network
 
 
 class Pixels(nn.Module):
@@ -152,7 +152,7 @@ def normalisation(channels: int, norm: Norm) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """relu(x' + conv, norm, relu, conv, norm); with ``bottleneck`` three convolutions of 1, 3 and 1.
+    """relu(x' + conv, norm, relu, conv, norm); ``bottleneck``: three convolutions of 1, 3 and 1.
 
     x' is x, or where the shapes differ its 1 x 1 convolution of that stride, normalised.
     """
@@ -274,11 +274,17 @@ def counted(
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = make()
         x = torch.empty(1, *shape)
-    kept = 0
+    kept, layers = 0, []
 
     def keep(module: nn.Module, args: object, out: Tensor) -> None:
         nonlocal kept
         kept += out.numel()
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            weight = module.weight
+            inputs = weight[0].numel() + (module.bias is not None)
+            positions = out.numel() / len(weight)
+            layers.append(Layer(len(weight) / groups, inputs, positions, groups))
 
     hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
     counter = FlopCounterMode(display=False)
@@ -294,6 +300,7 @@ def counted(
         outputs=outputs,
         activations=kept,
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
+        layers=tuple(layers),
     )
 
 

@@ -57,6 +57,12 @@ class PathIntegral:
 
         return keep
 
+    def keep(self) -> None:
+        """Take ``p.grad`` as it is now for what backward left: where it was added up over
+        processes afterwards."""
+        for n, p in parameters(self._model).items():
+            self._keeper(n)(p)
+
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()

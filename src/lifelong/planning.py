@@ -31,10 +31,22 @@ SMALLEST_REHEARSAL = 32  # items a step of the search for a strength reads at le
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A linear or convolutional layer as a matrix: outputs, inputs (a convolution's patch, and one
+    more for a bias), positions at which an example uses it, and how many such matrices there are.
+    """
+
+    outputs: float
+    inputs: float
+    positions: float
+    count: float = 1.0
+
+
+@dataclass(frozen=True)
 class Network:
     """parameters: P; flops: F, a multiplication and an addition being two; input_bytes: of an
     example as it is remembered; outputs: C; activations: numbers that a training step keeps for
-    each example; buffers: bytes of running statistics."""
+    each example; buffers: bytes of running statistics; layers: those with Kronecker factors."""
 
     name: str
     parameters: float
@@ -43,6 +55,17 @@ class Network:
     outputs: int
     activations: float = 0.0
     buffers: float = 0.0
+    layers: tuple[Layer, ...] = ()
+
+    @property
+    def products(self) -> tuple[Layer, ...]:
+        """Its layers; of a network that is known by its size alone, square ones of 1024 x 1024,
+        whose F are 2 P for each position."""
+        if self.layers:
+            return self.layers
+        side = 1024.0
+        each = self.parameters / side**2
+        return (Layer(side, side, self.flops / (2 * self.parameters), each),)
 
 
 @dataclass(frozen=True)
@@ -151,15 +174,16 @@ def vectors(prior: Prior) -> int:
     a structure with one number for each weight; g where the recipe computes one that is not 0: of
     the data ("stored", "carried"), minus the regulariser's, or minus that of replayed labels.
     """
-    recipe = _diagonal(prior.recipe)
+    recipe = _known(prior.recipe)
     has_curvature = recipe.structure is not None
+    diagonal = recipe.structure in ("diagonal", "path")
     anchored = recipe.gradient != "none" or (has_curvature and not recipe.kernel)
     anchor = anchored or bool(recipe.distil) or recipe.ask
     precision = prior.regulariser is not None and prior.regulariser.precision > 0
     replays = recipe.keeps_memory and bool(recipe.hard or recipe.replay_fraction)
     own = precision or (recipe.gradient == "stationary" and replays)
     g = recipe.gradient in ("stored", "carried") or (recipe.gradient != "none" and own)
-    return int(anchor) + int(has_curvature) + int(g)
+    return int(anchor) + int(diagonal) + int(g)
 
 
 def item_bytes(network: Network) -> float:
@@ -174,6 +198,16 @@ def items(recipe: Recipe, work: Work) -> float:
     return work.examples if recipe.memory is None else min(work.memory, work.examples)
 
 
+def factor_bytes(recipe: Recipe, network: Network) -> float:
+    """G as one Kronecker product for each layer of O outputs and I inputs: O² + I² numbers, however
+    many tasks; one number for each parameter of other layers (normalisation)."""
+    if recipe.structure != "kronecker":
+        return 0.0
+    numbers = sum(x.count * (x.outputs**2 + x.inputs**2) for x in network.products)
+    covered = sum(x.count * x.outputs * x.inputs for x in network.products)
+    return FLOAT * (numbers + max(0.0, network.parameters - covered))
+
+
 def kernel_bytes(recipe: Recipe, work: Work) -> float:
     """FROMP: for each task H inverse kernels of m x m numbers (none where the kernel is the
     identity) and m x H means: 4 T H m (m + 1) bytes with m = M / T items of a task."""
@@ -185,15 +219,18 @@ def kernel_bytes(recipe: Recipe, work: Work) -> float:
 
 
 def prior_bytes(prior: Prior, network: Network, work: Work) -> float:
-    """``Prior.num_bytes`` after the last task: 4 P for each vector, the items, the kernels."""
+    """``Prior.num_bytes`` after the last task: 4 P for each vector, the items, the factors of G,
+    the kernels."""
     remembered = items(prior.recipe, work) * item_bytes(network)
     weights = FLOAT * network.parameters * vectors(prior)
-    return weights + remembered + kernel_bytes(prior.recipe, work)
+    beside = factor_bytes(prior.recipe, network) + kernel_bytes(prior.recipe, work)
+    return weights + remembered + beside
 
 
 def device_bytes(prior: Prior, network: Network, work: Work) -> dict[str, float]:
     """On each device: weights, their gradient and the optimiser's state are P numbers each (and
-    replicated, as DDP does); activations are of the examples that a device reads in a step."""
+    replicated, as DDP does), and factors of G have a copy in bfloat16 (``Prior.rounded``);
+    activations are of the examples that a device reads in a step."""
     p = FLOAT * network.parameters
     read = (work.batch + drawn(prior.recipe, work)) / work.devices
     return {
@@ -201,6 +238,7 @@ def device_bytes(prior: Prior, network: Network, work: Work) -> dict[str, float]
         "gradient": p,
         "optimiser": OPTIMIZERS[work.optimizer] * p,
         "prior": p * (vectors(prior) + (4 if prior.recipe.structure == "path" else 0))
+        + 1.5 * factor_bytes(prior.recipe, network)
         + kernel_bytes(prior.recipe, work),
         "activations": FLOAT * network.activations * read,
     }
@@ -247,7 +285,8 @@ def step_seconds(prior: Prior, network: Network, work: Work, device: Device) -> 
     weights: passes over P numbers at the memory's bandwidth. The optimiser reads weights, gradient
     and its state and writes weights and state; the prior reads the weights and its vectors and adds
     to the gradient; a path integral copies the weights and takes the prior's gradient again.
-    kernels: H m² numbers of each block drawn are read once. network: see ``all_reduce``.
+    factors: L D R of each layer, 2 O I (O + I) operations, on each device.
+    kernels: H m² numbers of each block drawn are read once. communication: see ``all_reduce``.
     """
     recipe = prior.recipe
     rate = device.flops * work.devices
@@ -258,10 +297,15 @@ def step_seconds(prior: Prior, network: Network, work: Work, device: Device) -> 
     blocks = m / work.task_memory if recipe.kernel and m else 0.0
     kernels = FLOAT * blocks * work.head * work.task_memory**2 if recipe.kernel == "gp" else 0.0
     sent = all_reduce(FLOAT * network.parameters, work.devices)
+    products = 0.0
+    if recipe.structure == "kronecker":
+        sides = ((x, x.outputs + x.inputs) for x in network.products)
+        products = sum(2 * x.count * x.outputs * x.inputs * side for x, side in sides)
     return {
         "new examples": 3 * network.flops * work.batch / rate,
         "remembered examples": (3 + asks) * network.flops * m / rate,
         "weights": FLOAT * network.parameters * passes / device.bandwidth,
+        "factors": products / device.flops,
         "kernels": kernels / device.bandwidth,
         "communication": sent / device.link,
     }
@@ -293,6 +337,8 @@ def update_passes(
     labels: the new outputs of all remembered examples; LwF's of the new inputs.
     curvature: over n examples, one forward pass and a backward pass (2 F) for each of H directions,
     1 where they are sampled. n is N less what is kept, or ``curvature_examples``.
+    factors: of a Kronecker G, 2 S (I² + K O²) operations for each of the n examples, with S
+    positions and K directions.
     strength: 100 steps on the items, a gradient (3 F) and two values (F each) of the n examples.
     gradient: 3 F for each example whose own gradient is taken.
     kernels: H backward passes for each item of each task, then products of H m x P matrices with
@@ -320,10 +366,17 @@ def update_passes(
         "scoring": scored if recipe.keeps_memory else 0.0,
         "labels": (held if refreshed else 0.0) + (n if recipe.distil else 0.0),
         "curvature": rest * (1 + 2 * directions) if fitted else 0.0,
+        "factors": 0.0,
         "strength": 0.0,
         "gradient": 3 * (slopes + past + (n if recipe.gradient == "stored" else 0.0)),
         "kernels": 0.0,
     }
+    if recipe.structure == "kronecker":
+        sums = (
+            2 * x.count * x.positions * (x.inputs**2 + directions * x.outputs**2)
+            for x in network.products
+        )
+        passes["factors"] = rest * sum(sums) / network.flops
     if recipe.strength == "auto" and fitted:
         passes["strength"] = 3 * STEPS_OF_STRENGTH * min(m, rehearsed) + 5 * rest
     if recipe.kernel == "gp":
@@ -345,8 +398,9 @@ def task_traffic(prior: Prior, network: Network, work: Work) -> float:
     all-reduce each; the chosen items go to every other process unless the memory is sharded."""
     recipe = prior.recipe
     fitted = recipe.structure is not None and recipe.structure != "path"
-    sums = int(fitted) + int(recipe.gradient == "stored")
-    sent = all_reduce(FLOAT * network.parameters * sums, work.devices)
+    sums = int(fitted and recipe.structure != "kronecker") + int(recipe.gradient == "stored")
+    size = FLOAT * network.parameters * sums + factor_bytes(recipe, network)
+    sent = all_reduce(size, work.devices)
     if recipe.keeps_memory and not work.sharded:
         chosen = work.task_size if recipe.memory is None else work.task_memory
         sent += chosen * item_bytes(network) * (work.devices - 1) / work.devices
@@ -379,7 +433,7 @@ def preset(name: str, work: Work, *, estimator: str | None = None) -> Prior:
 
 def estimate(prior: Prior, network: Network, work: Work, device: Device) -> Estimate:
     """Everything of one preset. Raises ValueError for a structure without a formula here."""
-    _diagonal(prior.recipe)
+    _known(prior.recipe)
     on_device = device_bytes(prior, network, work)
     step = step_seconds(prior, network, work, device)
     steps = num_steps(prior.recipe, work)
@@ -425,7 +479,7 @@ class Growth:
 
 
 # What "ten times" means: a task keeps its size where there are more tasks, and the network's
-# operations grow as its parameters do.
+# operations grow as its parameters do (each layer is wider by the root of it).
 GROWN: Mapping[str, Callable[[Network, Work, float], tuple[Network, Work]]] = {
     "tasks": lambda n, w, k: (
         n,
@@ -433,7 +487,15 @@ GROWN: Mapping[str, Callable[[Network, Work, float], tuple[Network, Work]]] = {
     ),
     "examples": lambda n, w, k: (n, replace(w, examples=w.examples * k)),
     "parameters": lambda n, w, k: (
-        replace(n, parameters=n.parameters * k, flops=n.flops * k, activations=n.activations * k),
+        replace(
+            n,
+            parameters=n.parameters * k,
+            flops=n.flops * k,
+            activations=n.activations * k**0.5,
+            layers=tuple(
+                replace(x, outputs=x.outputs * k**0.5, inputs=x.inputs * k**0.5) for x in n.layers
+            ),
+        ),
         w,
     ),
     "memory": lambda n, w, k: (n, replace(w, memory=min(w.memory * k, w.examples))),
@@ -470,10 +532,10 @@ def growth(
     return found
 
 
-def _diagonal(recipe: Recipe) -> Recipe:
-    if recipe.structure not in (None, "diagonal", "path") or recipe.compact is not None:
+def _known(recipe: Recipe) -> Recipe:
+    if recipe.structure not in (None, "diagonal", "path", "kronecker") or recipe.compact:
         raise ValueError(
             f"no formula for structure={recipe.structure!r}, compact={recipe.compact!r}; expected "
-            "a diagonal, the path integral, or no curvature"
+            "a diagonal, Kronecker factors, the path integral, or no curvature"
         )
     return recipe

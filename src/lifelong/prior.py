@@ -17,6 +17,7 @@ Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pa
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,19 +34,20 @@ from . import checkpoint, likelihoods, recall, removal, select
 from .budget import Fidelity
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
+from .curvature.block_diagonal import is_rounded
 from .curvature.follow import follow
 from .data import (
     BATCH_SIZE,
     Data,
-    Examples,
     Head,
-    as_data,
-    batches,
+    Shard,
+    every_label,
     head_mask,
     head_of,
     num_examples,
     require_repeatable,
 )
+from .distributed import Ranks
 from .divergences import Logit
 from .errors import ClippedWarning, StaleAnchorError
 from .groups import Groups
@@ -73,7 +75,6 @@ from .scores import identify
 from .terms import (
     KernelTerm,
     MemoryTerm,
-    Near,
     Regulariser,
     WeightTerm,
     complete,
@@ -132,14 +133,17 @@ class Prior:
         *,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """Nats, a scalar with a gradient in the model's parameters.
 
         batch_size: items drawn from each memory instead of all of it: an unbiased estimate, at a
         cost that does not grow with the number of tasks. The memory is read in eval mode.
+        ranks: each reads its part of what is drawn, with generators in one state, and the mean of
+        their values and gradients, as DistributedDataParallel takes it, is that of one process.
         Raises StaleAnchorError where the model is no longer the one that the prior knows.
         """
-        value, drawn = self.weight_space(model), self._draw(batch_size, generator)
+        value, drawn = self.weight_space(model), self._draw(batch_size, generator, ranks)
         if drawn:
             with evaluating(model):
                 f = forward(model, concat([sample.inputs for _, sample in drawn]))
@@ -152,11 +156,12 @@ class Prior:
         inputs: Inputs,  # (B, ...)
         labels: Tensor,  # (B,) or (B, C)
         *,
-        num_data: int,
+        num_data: float,
         head: Head | None = None,
         batch_size: int | None = None,
         augment: Callable[[Inputs], Inputs] | None = None,
         generator: torch.Generator | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor:
         """mean nll of the batch + prior / num_data: nats per example, in one forward pass.
 
@@ -169,6 +174,7 @@ class Prior:
         what the anchor says of the changed one, as in Beyer et al. 2022: then the divergence is
         still 0 and flat at the anchor. g and G are of the inputs as they are.
         What kernels couple is never changed: their means are of one input each.
+        ranks: inputs and labels are this rank's; the prior is as in a call with ``ranks``.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
         another type, and for a num_data that is not positive; StaleAnchorError as calling the
         prior does.
@@ -177,7 +183,7 @@ class Prior:
             raise ValueError(
                 f"num_data must be the number of examples of the task at hand, got {num_data}"
             )
-        drawn, n = self._draw(batch_size, generator), rows(inputs)
+        drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
         if augment is not None:
             inputs = augment(inputs)
@@ -212,11 +218,14 @@ class Prior:
                 return torch.zeros((), dtype=first.dtype, device=first.device)
             return sum(values[1:], start=values[0])
 
-    def near(self, model: nn.Module) -> Prior:
-        """The prior for a few steps of training from the model's weights, where G is more than a
-        diagonal: see ``WeightTerm.near``. Value and gradient here are those of the prior."""
-        with _full_precision(next(model.parameters()).device), torch.no_grad():
-            terms = tuple(t.near(model) if isinstance(t, WeightTerm) else t for t in self.terms)
+    def rounded(self, dtype: torch.dtype = torch.bfloat16) -> Prior:
+        """The same prior with the Kronecker factors of G in ``dtype``, for the steps of training.
+
+        A product with a Kronecker G costs as much as a small network's own step, and in bfloat16 a
+        quarter of that where the processor multiplies it (``models.multiplies_bfloat16``); its
+        relative error is about 0.4 %. Update and save the prior that it was made of.
+        """
+        terms = tuple(t.rounded(dtype) if isinstance(t, WeightTerm) else t for t in self.terms)
         same = all(new is old for new, old in zip(terms, self.terms, strict=True))
         return self if same else replace(self, terms=terms)
 
@@ -229,9 +238,15 @@ class Prior:
         held = [term for term in self.terms if isinstance(term, _IN_MEMORY)]
         return sum(term.num_drawn(batch_size) for term in held)
 
-    def _draw(self, n: int | None, generator: torch.Generator | None) -> list[tuple[Any, Any]]:
+    def _draw(
+        self, n: int | None, generator: torch.Generator | None, ranks: Ranks | None = None
+    ) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
-        return [(term, term.draw(n, generator)) for term in held]
+        drawn = [(term, term.draw(n, generator)) for term in held]
+        if ranks is None:
+            return drawn
+        parts = [(term, sample.part(ranks.rank, ranks.size)) for term, sample in drawn]
+        return [(term, part) for term, part in parts if len(part)]
 
     def _asked(
         self, model: nn.Module, drawn: list[tuple[Any, Any]], inputs: list[Inputs]
@@ -242,9 +257,7 @@ class Prior:
         anchors = [t for t in self.terms if isinstance(t, WeightTerm)]
         if not self.recipe.ask or len(anchors) != 1:
             return None
-        theta = anchors[0].origin if isinstance(anchors[0], Near) else anchors[0].anchor
-        if theta is None:
-            return None
+        theta = anchors[0].anchor
         with evaluating(model), torch.no_grad():
             return [
                 _beliefs(forward_at(model, theta, x), sample.reference)
@@ -389,6 +402,8 @@ class Prior:
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
         self._require_anchor(model)  # before anything is drawn
+        if isinstance(data, Shard):
+            self._require_one(data.ranks, model, generator)
         over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
         with _undrawn(generator):
             items = self.memorise(model, data, **over)
@@ -483,15 +498,19 @@ class Prior:
         whatever raises leaves this prior as it was. Raises as ``update``.
         """
         recipe, head = self.recipe, head_of(data, head)
-        if any(isinstance(term, Near) for term in self.terms):
+        if any(isinstance(t, WeightTerm) and is_rounded(t.curvature) for t in self.terms):
             raise ValueError(
-                "this is a prior for a few steps of training (Prior.near), which knows no more of "
-                "G than its diagonal; update the prior that it was made of"
+                "this prior is rounded for the steps of training (Prior.rounded); update the prior "
+                "that it was made of"
             )
         if groups is not None:  # what they take out again is theirs, not a sample's
             recipe = replace(recipe, curvature_examples=None)
         require_repeatable(data)
         self._require_anchor(model)
+        if isinstance(data, Shard):
+            self._require_one(data.ranks, model, generator)
+            if groups is not None:
+                raise ValueError("groups are of one process's data; expected plain data with them")
         past = self if recipe.discount == 1 else self.discount(recipe.discount)
         if recipe.equal_tasks:  # as ``prepare`` did, if it was called
             past = past._equal_tasks(num_examples(data))
@@ -573,6 +592,21 @@ class Prior:
             jitter=recipe.jitter,
             strength=recipe.soft * (task_size if recipe.population else 1.0),
         )
+
+    def _require_one(
+        self, ranks: Ranks, model: nn.Module, generator: torch.Generator | None
+    ) -> None:
+        """Raise ValueError where ranks come with different weights or different pasts, or would
+        draw different examples."""
+        sums = [p.detach().double().sum().item() for p in parameters(model).values()]
+        ranks.require_same("weights of the model (their sums)", [round(x, 6) for x in sums])
+        past = (self.recipe.to_dict(), self.num_data, self.num_tasks, self.num_bytes)
+        ranks.require_same("prior", past)
+        recipe = self.recipe
+        if recipe.keeps_memory or recipe.curvature_examples or recipe.estimator == "mc":
+            state = torch.get_rng_state() if generator is None else generator.get_state()
+            digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()[:12]
+            ranks.require_same("state of the generator (pass generator= of one seed)", digest)
 
     def _require_anchor(self, model: nn.Module) -> None:
         """The model is the one that the prior knows, and its weights are numbers."""
@@ -1000,10 +1034,7 @@ def _population(items: Memory, data: Data, available: int, recipe: Recipe) -> Te
     labels = items.labels
     if not recipe.by_class or labels.ndim != 1 or labels.is_floating_point():
         return even
-    data = as_data(data)
-    whole = isinstance(data, Examples)
-    every = data.labels if whole else torch.cat([batch.labels for batch in batches(data)])
-    return select.represented(labels, every.to(labels.device)).to(even)
+    return select.represented(labels, every_label(data).to(labels.device)).to(even)
 
 
 def _union(heads: tuple[Head | None, ...]) -> Head | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import compact, select
 from .budget import Bytes
 from .curvature import BlockDiagonal, Curvature, estimate
-from .data import BATCH_SIZE, Data, Examples, Head, num_examples
+from .data import BATCH_SIZE, Data, Head, Shard, every_id
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
 from .memory import Memory
@@ -97,6 +97,11 @@ def compacted(old: Memory | None, items: Memory | None, recipe: Recipe, over: Pa
 
     Raises ValueError for a head (a set of classes): vectors of several tasks have none.
     """
+    if isinstance(over.data, Shard):
+        raise ValueError(
+            "a compact memory is learned from all data in one process; expected plain data, or "
+            "another prior"
+        )
     if over.head is not None:
         raise ValueError(
             "a compact memory mixes the tasks, so that all outputs must compete for each vector; "
@@ -310,7 +315,7 @@ def thinned(
     """
     if limit is None:
         return None
-    ids = data.ids if isinstance(data, Examples) else torch.arange(num_examples(data))
+    ids = every_id(data)
     candidates = torch.ones(len(ids), dtype=torch.bool)
     if exclude is not None:
         candidates = ~torch.isin(ids, exclude.to(ids.device)).cpu()

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, LowRank
+from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, Kronecker, LowRank
 from .data import BATCH_SIZE, Examples, as_data, batches
 from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
@@ -622,8 +622,9 @@ def _put_back(left: Curvature, positive: Curvature, leaving: Curvature) -> float
 
 
 def _positive_part(curvature: Curvature) -> Curvature:
-    """The nearest positive semi-definite one, in the Frobenius norm; raises ValueError where the
-    structure has none of its own kind."""
+    """The nearest positive semi-definite one, in the Frobenius norm (of Kronecker products, the
+    positive part of the nearest one); raises ValueError where the structure has none of its own
+    kind."""
     if isinstance(curvature, Diagonal):
         return Diagonal({n: v.clamp(min=0) for n, v in curvature.values.items()})
     if isinstance(curvature, Isotropic):
@@ -639,9 +640,11 @@ def _positive_part(curvature: Curvature) -> Curvature:
             part = directions[:, start : start + shape.numel()]
             factors[name], start = part.reshape(-1, *shape), start + shape.numel()
         return LowRank(factors, torch.ones_like(values))
+    if isinstance(curvature, Kronecker):
+        return curvature.positive_part()
     raise ValueError(
         f"a {type(curvature).__name__} curvature has no positive part that is a sum of products "
-        "again; clip works for diagonal, isotropic, dense, block and low_rank"
+        "again; clip works for diagonal, isotropic, dense, block, low_rank and kronecker"
     )
 
 

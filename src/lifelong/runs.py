@@ -38,6 +38,7 @@ from .benchmarks import Benchmark, benchmark, learner_options
 from .budget import Bytes, Fidelity, parse, plain
 from .checkpoint import write
 from .config import RunConfig, Scenario, Training, UsageError, suggestion
+from .distributed import Ranks
 from .errors import CheckpointError
 from .learner import CHECKPOINT, Learner, Progress, passes
 from .likelihoods import Categorical
@@ -111,11 +112,12 @@ class Plan:
         """A prior that has seen nothing yet."""
         return PRESETS[self.config.experiment.prior](Categorical(), **self.arguments)
 
-    def make_learner(self, seed: int) -> Learner:
+    def make_learner(self, seed: int, ranks: Ranks | None = None) -> Learner:
         """A fresh one. Sets torch's global seed, from which the initial weights come."""
         torch.manual_seed(seed)
         model = self.benchmark.make_model(self.stream.num_outputs)
-        return Learner(model, self.make_prior(), seed=seed, **learner_options(self.training))
+        options = learner_options(self.training)
+        return Learner(model, self.make_prior(), seed=seed, ranks=ranks, **options)
 
 
 def prepare(config: RunConfig) -> Plan:
@@ -149,17 +151,25 @@ def prepare(config: RunConfig) -> Plan:
     return plan
 
 
-def execute(plan: Plan, folder: Path | None = None, watch: Watch | None = None) -> dict[str, Any]:
+def execute(
+    plan: Plan,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
     """Run every seed that is not finished yet; with ``folder``, everything is kept there.
 
+    ranks: processes that learn together, each of which calls this; the first one writes. They may
+    be more or fewer than those that began the run.
     Returns the summary that result.json holds. Raises OSError where the folder cannot be written,
     UsageError where another process writes to it, CheckpointError where a checkpoint in it cannot
-    be read.
+    be read, ConnectionError where another rank has ended.
     """
-    with nullcontext() if folder is None else claimed(folder):
-        results = [_seed(plan, seed, folder, watch) for seed in plan.config.seed_list]
+    writes = folder is not None and _is_first(ranks)
+    with claimed(folder) if folder is not None and writes else nullcontext():
+        results = [_seed(plan, seed, folder, watch, ranks) for seed in plan.config.seed_list]
         summary = summarise(plan, results)
-        if folder is not None:
+        if folder is not None and writes:
             _write_json(folder / RESULT, summary)
             log(folder, f"finished: accuracy {summary['accuracy']['mean']:.4f}")
     return summary
@@ -315,17 +325,32 @@ def log(folder: Path, line: str) -> None:
 # One seed -----------------------------------------------------------------------------------------
 
 
-def _seed(plan: Plan, seed: int, folder: Path | None, watch: Watch | None) -> SeedResult:
+def _is_first(ranks: Ranks | None) -> bool:
+    """Whether this process writes, and shows what is done."""
+    return ranks is None or ranks.rank == 0
+
+
+def _seed(
+    plan: Plan, seed: int, folder: Path | None, watch: Watch | None, ranks: Ranks | None
+) -> SeedResult:
     place = None if folder is None else folder / f"seed-{seed}"
-    if place is not None and (place / ACCURACY).is_file():
+    finished, begun = (
+        place is not None and (place / name).is_file() for name in (ACCURACY, CHECKPOINT)
+    )
+    if ranks is not None:  # as the first one saw it, before it writes there
+        finished, begun = ranks.objects((finished, begun))[0]
+    if place is not None and finished:
         return SeedResult(**json.loads((place / ACCURACY).read_text(encoding="utf-8")))
-    learner = plan.make_learner(seed)
-    if place is not None and (place / CHECKPOINT).is_file():
+    learner = plan.make_learner(seed, ranks)
+    log_folder = folder if _is_first(ranks) else None
+    if place is not None and begun:
         learner.load(place / CHECKPOINT)
-        if folder is not None:
-            log(folder, f"seed {seed}: resumed after {len(learner.accuracy)} tasks")
-    result = learn_stream(learner, plan.stream, seed, folder=place, watch=watch, log_folder=folder)
-    if place is not None:
+        if log_folder is not None:
+            log(log_folder, f"seed {seed}: resumed after {len(learner.accuracy)} tasks")
+    result = learn_stream(
+        learner, plan.stream, seed, folder=place, watch=watch, log_folder=log_folder
+    )
+    if place is not None and _is_first(ranks):
         _write_json(place / ACCURACY, asdict(result))
     return result
 

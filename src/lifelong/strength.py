@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Curvature
-from .data import BATCH_SIZE, Data, Head
+from .data import BATCH_SIZE, Data, Head, summed
 from .jacobians import checked, differentiating, gradient, weighted_batches
 from .likelihoods import Likelihood
 from .models import Params, evaluating, forward_at, parameters, snapshot
@@ -170,11 +170,13 @@ def _nats(
             w = batch.weights.double()
             f = forward_at(model, params, batch.inputs)
             if not bool(torch.isfinite(f).all()):
-                return math.inf, math.inf
+                total, size = math.inf, math.inf
+                break  # and not return: other ranks wait for this one's sum
             y, mask = checked(likelihood, f, batch)
             masked = likelihood.mask(f, mask)
             nll = likelihood.nll(masked, y).double()
             total += float(w @ nll)
             size += float(w @ nll.abs())
             size += float(w @ (likelihood.residual(masked, y) * f).double().abs().sum(1))
-    return total, size
+    found = summed(data, [torch.tensor([total, size], dtype=torch.float64)])[0].tolist()
+    return found[0], found[1]

@@ -13,24 +13,26 @@ KernelTerm alone, gradient reconstruction the first three together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import divergences
-from .curvature import Curvature, Diagonal
+from .curvature import BlockDiagonal, Curvature, Diagonal, Kronecker
 from .curvature import from_state_dict as curvature_from_state_dict
+from .curvature.block_diagonal import is_rounded
 from .data import Head
 from .divergences import KL, Divergence
 from .groups import Groups
 from .jacobians import kernel
 from .likelihoods import Likelihood
 from .memory import Memory, Sample
-from .models import Inputs, Params, evaluating, match, move, nbytes, parameters
+from .models import Inputs, Params, evaluating, match, move, nbytes, parameters, take
 from .named import named, unnamed
 
 
@@ -127,20 +129,23 @@ class Part(NamedTuple):
 
 
 class _Quadratic(torch.autograd.Function):
-    """The sum of ``Part`` over parameters in few passes over the weights, and no more in backward.
+    """The sum of ``Part`` over parameters, and ½ <d, G d> of a curvature that is not diagonal, in
+    few passes over the weights, and no more in backward.
 
-    A step of a small network is bound by such passes: autograd's own would be a dozen.
+    A step of a small network is bound by such passes: autograd's own would be a dozen, and one
+    more product with G.
     """
 
     @staticmethod
-    def forward(ctx: Any, parts: list[Part], *params: Tensor) -> Tensor:
-        ctx.parts, ctx.slopes = parts, []
+    def forward(
+        ctx: Any, parts: Mapping[str, Part], curvature: Curvature | None, *params: Tensor
+    ) -> Tensor:
+        ctx.parts, ctx.curvature = parts, curvature
         ctx.save_for_backward(*params)
+        gaps = [part.gap(p) for part, p in zip(parts.values(), params, strict=True)]
+        ctx.slopes = _slopes(parts, curvature, gaps)
         twice = params[0].new_zeros(())
-        for part, p in zip(parts, params, strict=True):
-            d = part.gap(p)
-            slope, factor = part.slope(d)
-            ctx.slopes.append((slope, factor))
+        for part, d, (slope, factor) in zip(parts.values(), gaps, ctx.slopes, strict=True):
             # <d, g + ½ G d> = ½ <d, slope> + ½ <d, g>
             twice = torch.add(twice, _dot(d, slope), alpha=factor)
             if part.gradient is not None:
@@ -151,48 +156,42 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
         params, slopes = ctx.saved_tensors, ctx.slopes
         if torch.is_grad_enabled():  # create_graph: as functions of the parameters
-            slopes = [part.slope(part.gap(p)) for part, p in zip(ctx.parts, params, strict=True)]
+            gaps = [part.gap(p) for part, p in zip(ctx.parts.values(), params, strict=True)]
+            slopes = _slopes(ctx.parts, ctx.curvature, gaps)
         grads = ((factor * grad) * slope for slope, factor in slopes)
-        return None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+        return None, None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
 
 
-class _Form(torch.autograd.Function):
-    """½ <d, G d> of a curvature that is not diagonal.
-
-    Its gradient G d is at hand after the forward pass: one product with G in a step, where
-    autograd would take one more to go back through ``quad``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, curvature: Curvature, names: tuple[str, ...], *d: Tensor) -> Tensor:
-        slope = curvature.mv(dict(zip(names, d, strict=True)))
-        ctx.curvature, ctx.names, ctx.slope = curvature, names, slope
-        ctx.save_for_backward(*d)
-        return 0.5 * torch.stack([_dot(x, slope[n]) for n, x in zip(names, d, strict=True)]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # differentiable itself
-        d, slope = ctx.saved_tensors, ctx.slope
-        if torch.is_grad_enabled():  # create_graph: as a function of d
-            slope = ctx.curvature.mv(dict(zip(ctx.names, d, strict=True)))
-        grads = (grad * slope[n] for n in ctx.names)
-        return None, None, *(g.to(x.dtype) for g, x in zip(grads, d, strict=True))
-
-
-def form(curvature: Curvature, d: Mapping[str, Tensor]) -> Tensor:
-    """½ <d, G d> in nats; differentiable twice."""
-    return _Form.apply(curvature, tuple(d), *d.values())  # type: ignore[return-value]
+def _slopes(
+    parts: Mapping[str, Part], curvature: Curvature | None, gaps: Sequence[Tensor]
+) -> list[tuple[Tensor, float]]:
+    """g + G d of each parameter, as a tensor times a number."""
+    if curvature is None:
+        return [part.slope(d) for part, d in zip(parts.values(), gaps, strict=True)]
+    products = curvature.mv(dict(zip(parts, gaps, strict=True)))
+    found = []
+    for (name, part), d in zip(parts.items(), gaps, strict=True):
+        slope = products[name].to(d.dtype)
+        if part.gradient is not None or part.curvature is not None:
+            more, factor = part.slope(d)
+            slope = torch.add(slope, more, alpha=factor)
+        found.append((slope, 1.0))
+    return found
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten().to(b.dtype), b.flatten())
 
 
-def quadratic(parts: Mapping[str, Part], params: Mapping[str, Tensor]) -> Tensor:
-    """The sum of ``parts`` at the parameters of the same names, in nats; differentiable twice."""
+def quadratic(
+    parts: Mapping[str, Part], params: Mapping[str, Tensor], curvature: Curvature | None = None
+) -> Tensor:
+    """The sum of ``parts`` at the parameters of the same names, and ½ <d, G d> of a curvature of
+    all of them, in nats; differentiable twice."""
     if not params:
         return _zero(params)
-    return _Quadratic.apply([parts[n] for n in params], *params.values())  # type: ignore[return-value]
+    chosen = {n: parts[n] for n in params}
+    return _Quadratic.apply(chosen, curvature, *params.values())  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,11 +213,8 @@ class WeightTerm:
 
     def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
         """``parts``, and the curvature that is not diagonal, at these parameters."""
-        value = quadratic(parts, params)
-        if self.curvature is not None and not isinstance(self.curvature, Diagonal):
-            d = {n: p - self.anchor[n] for n, p in params.items()}
-            value = value + form(self.curvature, d)
-        return value
+        diagonal = isinstance(self.curvature, Diagonal)  # which is in the parts
+        return quadratic(parts, params, None if diagonal else self.curvature)
 
     @cached_property
     def parts(self) -> dict[str, Part]:
@@ -227,29 +223,11 @@ class WeightTerm:
         values = self.curvature.values if isinstance(self.curvature, Diagonal) else {}
         return {n: Part(a, g.get(n), values.get(n)) for n, a in self.anchor.items()}
 
-    def near(self, model: nn.Module) -> WeightTerm:
-        r"""The quadratic of the same value, gradient and diagonal at the model's weights, but no
-        more of G than its diagonal from there on; itself where G is diagonal anyway.
-
-        A step of training moves the weights by little, so that a product with G in every step
-        tells nearly the same again and again: a few steps with ``near`` cost what a diagonal
-        costs, and where it is asked for again in time they end where the term itself would.
-        """
-        if self.curvature is None or isinstance(self.curvature, Diagonal):
+    def rounded(self, dtype: torch.dtype) -> WeightTerm:
+        """With the Kronecker factors of G in ``dtype``, for training; itself where G has none."""
+        if not isinstance(self.curvature, BlockDiagonal | Kronecker):
             return self
-        params = {n: p.detach() for n, p in match(model, self.anchor).items()}
-        slope = self.slope(params)
-        # <d, g> + ½ <d, G d> = ½ <d, g + slope>
-        d = {n: p - self.anchor[n] for n, p in params.items()}
-        constant = sum(_dot(x, slope[n]) for n, x in d.items())
-        if self.gradient is not None:
-            constant = constant + sum(_dot(x, self.gradient[n]) for n, x in d.items())
-        anchor = {n: p.clone() for n, p in params.items()}
-        return Near(anchor, slope, self._diagonal, constant=0.5 * constant, origin=self.anchor)
-
-    @cached_property
-    def _diagonal(self) -> Diagonal | None:
-        return None if self.curvature is None else Diagonal(self.curvature.diagonal())
+        return replace(self, curvature=self.curvature.rounded(dtype))
 
     def slope(self, params: Mapping[str, Tensor]) -> Params:
         """Its gradient g + G d at other weights."""
@@ -277,25 +255,6 @@ class WeightTerm:
         curvature = 0 if self.curvature is None else self.curvature.num_bytes
         groups = 0 if self.groups is None else self.groups.num_bytes
         return nbytes(self.anchor) + nbytes(self.gradient) + curvature + groups
-
-
-@dataclass(frozen=True, eq=False)
-class Near(WeightTerm):
-    """What ``WeightTerm.near`` gives: for some steps of training, not to be kept.
-
-    constant: the value of the whole term at its anchor; origin: the whole term's anchor.
-    """
-
-    constant: Tensor | float = 0.0
-    origin: Params | None = None
-
-    def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
-        return super().value(params, parts) + self.constant
-
-    def __mul__(self, factor: float) -> Near:
-        return replace(super().__mul__(factor), constant=factor * self.constant)  # type: ignore[return-value,call-arg]
-
-    __rmul__ = __mul__
 
 
 @dataclass(frozen=True, eq=False)
@@ -515,6 +474,18 @@ class Drawn:
     blocks: tuple[Block, ...]
     scale: float
 
+    def __len__(self) -> int:
+        return sum(block.stop - block.start for block in self.blocks)
+
+    def part(self, rank: int, size: int) -> Drawn:
+        """Every ``size``-th block, as ``Memory.part``: a kernel couples its block."""
+        ends = list(accumulate(b.stop - b.start for b in self.blocks))
+        mine = range(rank, len(ends), size)
+        rows = [torch.arange(ends[i - 1] if i else 0, ends[i]) for i in mine]
+        index = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+        blocks = tuple(self.blocks[i] for i in mine)
+        return Drawn(take(self.inputs, index), blocks, self.scale * size)
+
 
 def columns(f: Tensor, head: Head | None) -> Tensor:
     """The outputs of a head alone, (B, H); all of them for None."""
@@ -619,11 +590,11 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
 def term_state(term: Any) -> dict[str, Any]:
     """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it.
 
-    Raises TypeError for a term of the user's own, and for what ``near`` gives.
+    Raises TypeError for a term of the user's own, and for what ``rounded`` gives.
     """
-    if isinstance(term, Near):
+    if isinstance(term, WeightTerm) and is_rounded(term.curvature):
         raise TypeError(
-            "a prior for a few steps of training (Prior.near) is not to be kept; save the prior "
+            "a rounded prior (Prior.rounded) is for training and not to be kept; save the prior "
             "that it was made of"
         )
     if isinstance(term, Regulariser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,15 @@ class Verdict:
 
 
 def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
-    """Whether ``rows`` (of ``result.json``) meet ``goal``, by means over seeds."""
+    """Whether ``rows`` (of ``result.json``) meet ``goal``, by means over seeds; where rows are
+    compared by name, over those seeds that all of them have."""
     mine = _row(rows, goal.method, goal.memory)
     others = [_row(rows, name, goal.memory) for name in goal.of]
     if mine is None or any(row is None for row in others) or mine.get("failed"):
         return Verdict()  # of the seeds that happened to succeed nothing follows
-    ours, theirs = _mean(mine), [_mean(row) for row in others if row is not None]
+    ours, *theirs = _means([mine, *(row for row in others if row is not None)])
+    if any(math.isnan(x) for x in (ours, *theirs)):
+        return Verdict()
     if goal.kind == "accuracy":
         return Verdict(ours, ours >= goal.bar)
     if goal.kind == "below":
@@ -40,6 +44,7 @@ def judge(goal: Goal, rows: Sequence[Row]) -> Verdict:
         closed = 100 * (ours - theirs[0]) / (theirs[1] - theirs[0])
         return Verdict(closed, closed >= goal.bar)
     best = max((mine, *_others(rows, mine, goal.memory)), key=_mean)
+    ours = _mean(mine)
     return Verdict(ours - _mean(best), _mean(best) - ours <= max(_error(mine), _error(best)))
 
 
@@ -97,6 +102,18 @@ def _done(row: Row) -> bool:
 
 def _yardstick(row: Row) -> bool:
     return _preset(row) in YARDSTICKS
+
+
+def _means(rows: Sequence[Row]) -> list[float]:
+    """Over the seeds that all rows have; NaN where there is none, plain means where rows do not
+    say which seeds they have."""
+    if not all("seeds" in row and "per_seed" in row["accuracy"] for row in rows):
+        return [_mean(row) for row in rows]
+    common = set.intersection(*(set(row["seeds"]) for row in rows))
+    if not common:
+        return [math.nan] * len(rows)
+    by_seed = [dict(zip(r["seeds"], r["accuracy"]["per_seed"], strict=True)) for r in rows]
+    return [100 * sum(of[seed] for seed in common) / len(common) for of in by_seed]
 
 
 def _mean(row: Row) -> float:

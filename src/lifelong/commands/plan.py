@@ -77,8 +77,8 @@ class PlanFlags:
     """How many work together."""
     device: str = "h100"
     """v100, a100, h100 or h200."""
-    efficiency: float = 0.35
-    """The part of the device's peak that training reaches."""
+    efficiency: float = 0.15
+    """The part of the device's peak that training reaches: a guess; a throughput is better."""
     throughput: Annotated[
         float | None, arg(metavar="FLOAT", help_behavior_hint="(default: from the efficiency)")
     ] = None
@@ -121,7 +121,7 @@ class PlanFlags:
             raise UsageError("--measure needs a model by name: leave out --parameters")
 
 
-def plan(args: list[str]) -> int:
+def forecast(args: list[str]) -> int:
     """The exit code."""
     flags = parse(PlanFlags, "lifelong plan", ABOUT, EXAMPLES, args)
     from .. import planning
@@ -255,7 +255,7 @@ def show(
     def step(seconds: float) -> str:
         return f"{1000 * seconds:.3g} ms"
 
-    console = Console(width=120) if not sys.stdout.isatty() else Console()
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     say(
         f"{network.name}: {network.parameters:,.0f} parameters, {network.flops:.3g} operations for "

@@ -119,6 +119,12 @@ class BlockDiagonal:
             torch.block_diag(*[block.dense().matrix for block in self.blocks]), self.shapes
         )
 
+    def rounded(self, dtype: torch.dtype) -> BlockDiagonal:
+        """With Kronecker factors in ``dtype``; other blocks as they are."""
+        return BlockDiagonal(
+            tuple(b.rounded(dtype) if isinstance(b, Kronecker) else b for b in self.blocks)
+        )
+
     def merge(self) -> BlockDiagonal:
         """Each block that is a sum of Kronecker products as one product of the same trace."""
         mergeable = (Kronecker, EigenKronecker)
@@ -180,3 +186,9 @@ def _is_zero(block: Curvature) -> bool:
 
 def _joined(parts: list[Params]) -> Params:
     return {name: value for part in parts for name, value in part.items()}
+
+
+def is_rounded(curvature: Curvature | None) -> bool:
+    """Whether Kronecker factors are of fewer bits than a sum over tasks wants."""
+    blocks = curvature.blocks if isinstance(curvature, BlockDiagonal) else (curvature,)
+    return any(isinstance(b, Kronecker) and b.left.element_size() < 4 for b in blocks)

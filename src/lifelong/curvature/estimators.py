@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..data import BATCH_SIZE, Data, require_repeatable
+from ..data import BATCH_SIZE, Data, Shard, require_repeatable, summed
 from ..hooks import Engine, Trace, accumulator, upcast
 from ..jacobians import (
     ParamChoice,
@@ -88,7 +88,7 @@ def diagonal_curvature(
 
     source = _Source(data, head, weights, exclude, batch_size)
     _visit(add, model, chosen, source, likelihood, estimator, num_samples, generator)
-    return Diagonal(total)
+    return Diagonal(dict(zip(total, summed(data, list(total.values())), strict=True)))
 
 
 def dense_curvature(
@@ -124,7 +124,7 @@ def dense_curvature(
 
     source = _Source(data, head, weights, exclude, batch_size)
     _visit(add, model, chosen, source, likelihood, estimator, num_samples, generator, whole=True)
-    return total
+    return Dense(summed(data, [total.matrix])[0], total.shapes)
 
 
 class Options(TypedDict, total=False):
@@ -184,7 +184,10 @@ def block_curvature(
             _add_outer(totals[module].matrix, j, w)
 
     _visit_all(add, model, chosen, data, likelihood, options, whole=True)
-    return BlockDiagonal(tuple(totals.values()))
+    whole = summed(data, [total.matrix for total in totals.values()])
+    return BlockDiagonal(
+        tuple(Dense(x, t.shapes) for x, t in zip(whole, totals.values(), strict=True))
+    )
 
 
 def kronecker_curvature(
@@ -219,12 +222,16 @@ def kronecker_curvature(
     chosen = choose(model, options.get("params"))
     sums = Sums(chosen, positions, other)
     _visit_all(sums.add, model, chosen, data, likelihood, options)
+    if isinstance(data, Shard):
+        sums.over(data.ranks)
     blocks = sums.blocks()
     if not corrected:
         return BlockDiagonal(blocks)
     factors = [block for block in blocks if isinstance(block, Kronecker)]
     corrections = Corrections({next(iter(k.shapes)): k.eigen for k in factors})
     _visit_all(corrections.add, model, chosen, data, likelihood, options)
+    if isinstance(data, Shard):
+        corrections.over(data.ranks)
     exact = corrections.blocks()
     return BlockDiagonal(tuple(exact.get(next(iter(b.shapes)), b) for b in blocks))
 
@@ -287,7 +294,7 @@ def low_rank_curvature(
                 add, model, chosen, data, likelihood, {**options, "generator": again}, whole=True
             )
             generator.set_state(again.get_state())
-            return y
+            return summed(data, [y])[0]
 
         for _ in range(iterations + 1):
             x = torch.linalg.qr(product(x))[0]
@@ -391,6 +398,8 @@ def _visit(
     engine = Engine(model, chosen)
     if generator is None:
         generator = torch.Generator(engine.device).manual_seed(0)
+    if estimator == "mc" and isinstance(source.data, Shard):
+        generator = _own_generator(generator, source.data.ranks.rank)
     count = {"exact": None, "mc": num_samples, "empirical": 1}[estimator]
     with differentiating(model):
         require_repeatable(source.data)
@@ -407,6 +416,13 @@ def _visit(
                 v = _directions(likelihood, trace.f, part, estimator, num_samples, generator)
                 if len(v):
                     add(trace, v, part.weights.to(v.dtype))
+
+
+def _own_generator(shared: torch.Generator, rank: int) -> torch.Generator:
+    """For what a rank draws by itself: the shared one, from which all ranks take one number, would
+    stand elsewhere on each rank afterwards."""
+    seed = int(torch.randint(2**62, (), generator=shared, device=shared.device))
+    return torch.Generator(shared.device).manual_seed(seed + rank)
 
 
 @torch.no_grad()

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..hooks import Factor, Outer, Positions, Trace, Use, accumulator, unfold, upcast
 from .base import Curvature, Shapes, sizes
 from .dense import Dense
@@ -176,6 +178,36 @@ class Sums:
         new = torch.einsum("kbp,b,kbq->pq", rows, w.to(rows.dtype), rows)
         return new if total is None else total + new
 
+    def over(self, ranks: Ranks) -> None:
+        """The sums of all ranks in place of this one's, which may have seen nothing."""
+        known = ranks.objects(
+            (
+                {n: (x.shapes, x.left.shape, x.right.shape) for n, x in self.layers.items()},
+                {n: x.shape for n, x in self.rest.items()},
+                self.seen,
+            )
+        )
+        for layers, rest, seen in known:
+            for name, key in seen.items():
+                self._claim([name], key)
+            for name, (shapes, left, right) in layers.items():
+                zeros = partial(_zeros_like, self.params[name])
+                self.layers.setdefault(name, Layer(shapes, zeros(left), zeros(right), zeros(())))
+            for name, shape in rest.items():
+                self.rest.setdefault(name, _zeros_like(self.params[name], shape))
+        order = sorted(self.layers), sorted(self.rest)
+        held = [x for n in order[0] for x in self._sums_of(n)] + [self.rest[n] for n in order[1]]
+        found = iter(ranks.sum(held))
+        for n in order[0]:
+            layer = self.layers[n]
+            self.layers[n] = Layer(layer.shapes, next(found), next(found), next(found))
+        for n in order[1]:
+            self.rest[n] = next(found)
+
+    def _sums_of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.layers[name]
+        return layer.left, layer.right, layer.count
+
     def blocks(self) -> tuple[Curvature, ...]:
         """The blocks in the order of the parameters; zeros for what took no part."""
         found: list[Curvature] = []
@@ -194,6 +226,10 @@ class Sums:
         return tuple(found)
 
 
+def _zeros_like(p: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=accumulator(p.dtype), device=p.device)
+
+
 @dataclass
 class Corrections:
     """The diagonal of the true curvature in the layers' eigenbases: a second pass."""
@@ -208,6 +244,16 @@ class Corrections:
             basis = self.bases[weight]
             new = _square_sum(factor, basis, w)  # type: ignore[arg-type]
             self.values[weight] = self.values.get(weight, torch.zeros_like(new)) + new
+
+    def over(self, ranks: Ranks) -> None:
+        """The sums of all ranks in place of this one's, which may have seen nothing."""
+        for shapes in ranks.objects({n: x.shape for n, x in self.values.items()}):
+            for name, shape in shapes.items():
+                like = self.bases[name].values
+                self.values.setdefault(name, like.new_zeros(shape))
+        names = sorted(self.values)
+        found = ranks.sum([self.values[n] for n in names])
+        self.values.update(zip(names, found, strict=True))
 
     def blocks(self) -> dict[str, EigenKronecker]:
         return {

@@ -166,6 +166,12 @@ class Kronecker:
         left, right = (torch.stack(parts).unsqueeze(0) for parts in zip(*pairs, strict=True))
         return Kronecker(left, right, self.shapes)
 
+    def positive_part(self) -> Kronecker:
+        """One product of positive semi-definite factors: ``merge()`` with their negative
+        eigenvalues at 0. What a difference stands for, as near as one product can."""
+        one = self.merge()
+        return Kronecker(_clamped(one.left), _clamped(one.right), self.shapes)
+
     @cached_property
     def eigen(self) -> EigenKronecker:
         """The same matrix by its eigenvectors; ValueError where it is not one product."""
@@ -203,17 +209,25 @@ class Kronecker:
         left, right = (x.to(device=device, dtype=dtype) for x in (self.left, self.right))
         return Kronecker(left, right, self.shapes)
 
+    def rounded(self, dtype: torch.dtype) -> Kronecker:
+        """With factors in ``dtype``: in bfloat16 a product with G has a relative error of about
+        0.4 %, and takes a quarter of the time on processors that multiply bfloat16."""
+        return self.to(dtype=dtype)
+
     @property
     def num_bytes(self) -> int:
         return nbytes(self.left) + nbytes(self.right)
 
     def _matrix(self, v: Mapping[str, Tensor]) -> Tensor:
         require_same(self.shapes, v, "the vector")
-        return _matrix(self.shapes, self.left.shape[1], v).to(self.left.dtype)
+        # Rounded first, where it is: half the bytes to join.
+        rows = {n: v[n].to(self.left.dtype) for n in self.shapes}
+        return _matrix(self.shapes, self.left.shape[1], rows)
 
     def _product(self, x: Tensor) -> Tensor:
         """sum_t L X R: (N, O, I) to (N, O, I)."""
-        return _right(_left(self.left, x), self.right).sum(0)
+        products = _right(_left(self.left, x), self.right)
+        return products[0] if len(products) == 1 else products.sum(0)
 
     def _full(self) -> list[tuple[Tensor, Tensor]]:
         """The products' factors as matrices."""
@@ -530,6 +544,14 @@ def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     part = _trace(a, a.ndim) * _trace(b, b.ndim)
     scale = float(whole / part) if float(whole) > 0 and float(part) > 0 else 1.0
     return sign * scale * a, sign * b
+
+
+def _clamped(factor: Tensor) -> Tensor:
+    """Negative eigenvalues at 0, of matrices (T, N, n, n) or diagonals (T, N, n)."""
+    if factor.ndim == 3:
+        return factor.clamp(min=0)
+    values, vectors = eigh(factor)
+    return (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
 
 
 def _trace(x: Tensor, ndim: int) -> Tensor:

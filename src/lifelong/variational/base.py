@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -179,18 +179,6 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums over all ranks, in one message for each device and dtype."""
-    out: list[Tensor | None] = [None] * len(tensors)
-    for kind in dict.fromkeys((t.device, t.dtype) for t in tensors):
-        index = [i for i, t in enumerate(tensors) if (t.device, t.dtype) == kind]
-        flat = torch.cat([tensors[i].flatten() for i in index])
-        distributed.all_reduce(flat)
-        for i, part in zip(index, flat.split([tensors[i].numel() for i in index]), strict=True):
-            out[i] = part.reshape(tensors[i].shape)
-    return cast("list[Tensor]", out)
 
 
 def _rank() -> int:

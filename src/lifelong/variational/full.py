@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..curvature import Curvature, Dense, Diagonal, dense_curvature
 from ..data import head_mask
+from ..distributed import all_reduce
 from ..errors import StaleAnchorError
 from ..hooks import accumulator
 from ..jacobians import differentiating, gradient
 from ..likelihoods import Likelihood
 from ..models import Inputs, Params, evaluating, forward, move, parameters, require_finite, rows
 from ..posterior import Posterior
-from .base import Variational, all_reduce, positive, require_held
+from .base import Variational, positive, require_held
 
 _LIMIT = 2**30  # bytes of a matrix
 

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from ..curvature import Diagonal
 from ..data import head_mask
+from ..distributed import all_reduce
 from ..errors import StaleAnchorError
 from ..hooks import Engine, accumulator, upcast
 from ..jacobians import differentiating, require_deterministic_mode, residual
 from ..likelihoods import Likelihood
 from ..models import Inputs, move, parameters, require_finite, rows, take
 from ..posterior import Posterior
-from .base import ParamsOrGroups, Variational, all_reduce, positive, require_held
+from .base import ParamsOrGroups, Variational, positive, require_held
 
 
 class MeanField(Variational):

@@ -149,17 +149,29 @@ SPLIT_MNIST_CLASS = Table(
 
 # Permuted MNIST -----------------------------------------------------------------------------------
 
-_PERMUTED = Training(epochs=5, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle")
+# As many epochs as FROMP has: of 5, 10 and 20 the best with a Kronecker G, held out, one seed.
+_PERMUTED = Training(
+    epochs=10, batch_size=128, memory_batch_size=128, lr=2e-3, schedule="one-cycle"
+)
 _THESIS = "Eschenhagen's thesis, table 1"
 
+_STRONG = Method(
+    "gradient_reconstruction, kronecker, tuned",
+    "gradient_reconstruction",
+    {"structure": "kronecker", "strength": 4.0},
+    tuned="on a held-out sixth of the training images, one seed: among 1, 4, 10",
+)
 _SWEPT = ("experience_replay", "gradient_reconstruction", "recommended")
 
 PERMUTED_MNIST = Table(
     name="permuted-mnist",
     title="Permuted MNIST, ten tasks",
-    methods=tuple(
-        replace(m, memories=(10, 40, 100, 200, 400)) if m.name in _SWEPT else m
-        for m in _baselines("permuted-mnist", _PERMUTED)
+    methods=(
+        *(
+            replace(m, memories=(10, 40, 100, 200, 400)) if m.name in _SWEPT else m
+            for m in _baselines("permuted-mnist", _PERMUTED)
+        ),
+        _STRONG,
     ),
     memories=(200,),
     run=run_stream("permuted-mnist", "domain", _PERMUTED),
@@ -178,12 +190,14 @@ PERMUTED_MNIST = Table(
     goals=(
         Goal("recommended", 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
         Goal("recommended", 200, 1.2, "below", ("joint",)),
+        Goal(_STRONG.name, 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
+        Goal(_STRONG.name, 200, 1.2, "below", ("joint",)),
         Goal("recommended", 200, kind="first"),
     ),
     needs_data=True,
     smoke={
         "memories": (10,),
-        "methods": _baselines("permuted-mnist", _PERMUTED),
+        "methods": (*_baselines("permuted-mnist", _PERMUTED), _STRONG),
     },
 )
 

@@ -50,7 +50,7 @@ _METHODS = (
     Method(
         _OURS,
         "gradient_reconstruction",
-        {**_SAMPLED, "ask": True},
+        {**_SAMPLED, "ask": True, "structure": "kronecker"},
         note="tasks are of one size, so it is recommended() but for how G is estimated",
     ),
     Method("recommended", "recommended", note="exact G of 2000 images: several times the time"),

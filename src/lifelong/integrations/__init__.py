@@ -1,0 +1,1 @@
+"""Frameworks that people already use: one module each, imported by itself; each has an extra."""
