@@ -278,7 +278,7 @@ def _first(plan: Plan, learned: int) -> Past:
 
 def _network(plan: Plan, past: Past) -> nn.Module:
     """The benchmark's network, or one of other widths: its inputs, its activation."""
-    model = plan.benchmark.make_model(past.outputs)
+    model = plan.make_model(past.outputs)
     if past.hidden is None:
         return model
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]

@@ -25,6 +25,7 @@ BenchmarkName = Literal[
     "permuted-mnist-50",
     "split-cifar-t",
     "split-tiny-imagenet",
+    "imagenet-1000",
     "fromp-toy",
     "two-moons",
 ]
@@ -48,8 +49,8 @@ PresetName = Literal[
 ]
 Scenario = Literal["task", "class", "domain"]
 Optimizer = Literal["adam", "sgd"]
-Schedule = Literal["constant", "one-cycle", "cosine"]
-Augmentation = Literal["none", "crop-flip", "shift", "elastic"]
+Schedule = Literal["constant", "one-cycle", "cosine", "triangular"]
+Augmentation = Literal["none", "crop-flip", "shift", "elastic", "photo"]
 
 
 class UsageError(ValueError):
@@ -206,7 +207,8 @@ class Overrides:
     """Of the learning rate, over each task."""
     augment: _AugmentFlag = None
     """Images changed at random in training; crop-flip: moved by up to an eighth of a side, and \
-mirrored; shift: moved by up to a fourteenth; elastic: moved, turned, stretched and bent a bit."""
+mirrored; shift: moved by up to a fourteenth; elastic: moved, turned, stretched and bent a bit; \
+photo: a random part of a photo that is read from its file."""
     min_steps: Annotated[_Int, _BENCHMARKS] = None
     """Steps that a small task gets at least, by more epochs."""
     autocast: bool = False

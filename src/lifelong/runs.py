@@ -33,6 +33,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from .benchmarks import Benchmark, benchmark, learner_options
 from .budget import Bytes, Fidelity, parse, plain
@@ -108,6 +109,14 @@ class Plan:
         how = {name: getattr(self.training, name) for name in ("epochs", "batch_size", "min_steps")}
         return tuple(passes(size, **how) for size in sizes)
 
+    def make_model(self, outputs: int) -> nn.Module:
+        """A fresh network, behind what reads its inputs where they lie in files."""
+        model = self.benchmark.make_model(outputs)
+        reader = self.benchmark.reader
+        return (
+            model if reader is None else nn.Sequential(reader(self.config.experiment.data), model)
+        )
+
     def make_prior(self) -> Prior:
         """A prior that has seen nothing yet."""
         return PRESETS[self.config.experiment.prior](Categorical(), **self.arguments)
@@ -115,7 +124,7 @@ class Plan:
     def make_learner(self, seed: int, ranks: Ranks | None = None) -> Learner:
         """A fresh one. Sets torch's global seed, from which the initial weights come."""
         torch.manual_seed(seed)
-        model = self.benchmark.make_model(self.stream.num_outputs)
+        model = self.make_model(self.stream.num_outputs)
         options = learner_options(self.training)
         return Learner(model, self.make_prior(), seed=seed, ranks=ranks, **options)
 
