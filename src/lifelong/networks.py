@@ -284,7 +284,9 @@ def counted(
             weight = module.weight
             inputs = weight[0].numel() + (module.bias is not None)
             positions = out.numel() / len(weight)
-            layers.append(Layer(len(weight) / groups, inputs, positions, groups))
+            sliding = isinstance(module, nn.Conv2d) and module.stride[0] == 1 and groups == 1
+            height = weight.shape[2] if sliding else 1
+            layers.append(Layer(len(weight) / groups, inputs, positions, groups, height))
 
     hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
     counter = FlopCounterMode(display=False)

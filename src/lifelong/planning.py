@@ -34,12 +34,14 @@ SMALLEST_REHEARSAL = 32  # items a step of the search for a strength reads at le
 class Layer:
     """A linear or convolutional layer as a matrix: outputs, inputs (a convolution's patch, and one
     more for a bias), positions at which an example uses it, and how many such matrices there are.
+    height: of a convolution's kernel that moves down one row at a time, else 1.
     """
 
     outputs: float
     inputs: float
     positions: float
     count: float = 1.0
+    height: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Network:
 class Device:
     """flops: operations a second that training reaches (peak x efficiency); memory: bytes;
     bandwidth: bytes a second of its memory; link: bytes a second to the other devices; price: of an
-    hour, in any currency."""
+    hour, in any currency; products: how many times as fast it multiplies matrices in
+    bfloat16 where ``flops`` are of another precision."""
 
     name: str
     flops: float
@@ -80,6 +83,7 @@ class Device:
     bandwidth: float
     link: float
     price: float = 0.0
+    products: float = 1.0
 
 
 # Peak of dense bfloat16 products, memory, its bandwidth, one direction of the link: data sheets.
@@ -305,7 +309,7 @@ def step_seconds(prior: Prior, network: Network, work: Work, device: Device) -> 
         "new examples": 3 * network.flops * work.batch / rate,
         "remembered examples": (3 + asks) * network.flops * m / rate,
         "weights": FLOAT * network.parameters * passes / device.bandwidth,
-        "factors": products / device.flops,
+        "factors": products / (device.flops * device.products),
         "kernels": kernels / device.bandwidth,
         "communication": sent / device.link,
     }
@@ -337,8 +341,9 @@ def update_passes(
     labels: the new outputs of all remembered examples; LwF's of the new inputs.
     curvature: over n examples, one forward pass and a backward pass (2 F) for each of H directions,
     1 where they are sampled. n is N less what is kept, or ``curvature_examples``.
-    factors: of a Kronecker G, 2 S (I² + K O²) operations for each of the n examples, with S
-    positions and K directions.
+    factors: of a Kronecker G over S positions and K directions, for each of the n examples: half
+    of K matrices of 2 S O² operations, since they are symmetric, and of one of 2 S I²; kernels of
+    h rows share their products (``curvature.kfac``), 2 S I² / h.
     strength: 100 steps on the items, a gradient (3 F) and two values (F each) of the n examples.
     gradient: 3 F for each example whose own gradient is taken.
     kernels: H backward passes for each item of each task, then products of H m x P matrices with
@@ -373,7 +378,9 @@ def update_passes(
     }
     if recipe.structure == "kronecker":
         sums = (
-            2 * x.count * x.positions * (x.inputs**2 + directions * x.outputs**2)
+            x.count
+            * x.positions
+            * (x.inputs**2 * (2 / x.height if x.height > 1 else 1) + directions * x.outputs**2)
             for x in network.products
         )
         passes["factors"] = rest * sum(sums) / network.flops

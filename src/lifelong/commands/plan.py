@@ -217,6 +217,7 @@ def _timed(flags: PlanFlags, network: Network, device: Device) -> Device:
     """A device as fast as was seen: a step on an example costs 3 F."""
     if flags.throughput is not None:
         return replace(device, flops=3 * network.flops * flags.throughput)
+    from ..models import multiplies_bfloat16
     from ..networks import NETWORKS, measured
 
     make, shape = NETWORKS[flags.model]
@@ -226,7 +227,8 @@ def _timed(flags: PlanFlags, network: Network, device: Device) -> Device:
         name="this machine's processor",
         flops=3 * network.flops * rate,
         bandwidth=bandwidth,
-        memory=float("1e12"),
+        memory=1e12,
+        products=4.0 if multiplies_bfloat16() else 1.0,  # as the benchmark of planning has it
     )
 
 
