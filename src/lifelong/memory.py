@@ -9,7 +9,7 @@ of its true label (*replay*). Experience replay is (0, N/M), a K-prior (1, 0), E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from .data import (
     head_of,
     num_examples,
 )
+from .distributed import Ranks
 from .likelihoods import Likelihood
 from .models import (
     Inputs,
@@ -153,6 +154,27 @@ class Memory:
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         places = torch.arange(n, dtype=torch.float64).add_(u).mul_(m / n)
         return places.long().clamp_(max=m - 1).to(self.labels.device)
+
+    def spread(self, rank: int, size: int) -> Memory:
+        """Every ``size``-th item from ``rank`` on, believed ``size`` times as much: what is left on
+        one of ``size`` ranks, so that the mean over the ranks is that of all."""
+        return self[torch.arange(len(self), device=self.labels.device)[rank::size]].scaled(size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Memory]) -> Memory:
+        """The memory whose ``spread`` the parts are, in the order of ranks."""
+        size, count = len(parts), sum(len(part) for part in parts)
+        both = parts[0].add(*parts[1:])
+        place = torch.cat([torch.arange(count)[rank::size] for rank in range(size)])
+        return both[place.argsort().to(both.labels.device)].scaled(1 / size)
+
+    def collected(self, ranks: Ranks) -> Memory:
+        """``joined``, of the parts that the ranks hold; on every rank."""
+        counts = ranks.objects(len(self))
+        columns = {name: ranks.gather_each(getattr(self, name)) for name in _ROWS}
+        every = replace(self, **columns)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return Memory.joined([every[slice(a, a + n)] for a, n in zip(starts, counts, strict=True)])
 
     def scaled(self, factor: float) -> Memory:
         """The same items, believed ``factor`` times as much."""
