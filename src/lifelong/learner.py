@@ -480,8 +480,9 @@ class Learner:
         """This rank's; the first one's where there were another number of them."""
         states = states.reshape(-1, len(torch.get_rng_state()))
         same = self.ranks is not None and len(states) == self.ranks.size
-        row = states[self.ranks.rank if self.ranks is not None and same else 0]
-        torch.set_rng_state(row.clone())  # of a row that begins elsewhere torch reads wrong bytes
+        # A copy: a state that lies within another tensor was seen to end the process.
+        mine = states[self.ranks.rank if self.ranks is not None and same else 0]
+        torch.set_rng_state(mine.clone())
 
     _path: PathIntegral | None = None
 
