@@ -155,7 +155,12 @@ _PERMUTED = Training(
 )
 _THESIS = "Eschenhagen's thesis, table 1"
 
-_STRONGER = "gradient_reconstruction, kronecker, tuned"
+_STRONG = Method(
+    "gradient_reconstruction, kronecker, tuned",
+    "gradient_reconstruction",
+    {"structure": "kronecker", "strength": 4.0},
+    tuned="on a held-out sixth of the training images, one seed: among 1, 4, 10",
+)
 _SWEPT = ("experience_replay", "gradient_reconstruction", "recommended")
 
 PERMUTED_MNIST = Table(
@@ -166,12 +171,7 @@ PERMUTED_MNIST = Table(
             replace(m, memories=(10, 40, 100, 200, 400)) if m.name in _SWEPT else m
             for m in _baselines("permuted-mnist", _PERMUTED)
         ),
-        Method(
-            _STRONGER,
-            "gradient_reconstruction",
-            {"structure": "kronecker", "strength": 4.0},
-            tuned="on a held-out sixth of the training images, one seed: among 1, 4, 10",
-        ),
+        _STRONG,
     ),
     memories=(200,),
     run=run_stream("permuted-mnist", "domain", _PERMUTED),
@@ -190,14 +190,14 @@ PERMUTED_MNIST = Table(
     goals=(
         Goal("recommended", 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
         Goal("recommended", 200, 1.2, "below", ("joint",)),
-        Goal(_STRONGER, 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
-        Goal(_STRONGER, 200, 1.2, "below", ("joint",)),
+        Goal(_STRONG.name, 200, 96.3, why="S-FSVI 95.76, FROMP 94.8"),
+        Goal(_STRONG.name, 200, 1.2, "below", ("joint",)),
         Goal("recommended", 200, kind="first"),
     ),
     needs_data=True,
     smoke={
         "memories": (10,),
-        "methods": _baselines("permuted-mnist", _PERMUTED),
+        "methods": (*_baselines("permuted-mnist", _PERMUTED), _STRONG),
     },
 )
 
