@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,16 @@ def parts_of(data: Examples, sizes: list[int], rank: int) -> Examples:
 # ------------------------------------------------------------------------------- on each rank
 
 
-def on_rank(rank: int, size: int, port: int, out: str, job: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def on_rank(rank: int, size: int, out: str, job: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    # By a file: a port that is free now may not be a moment later. Nobody waits for long.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/{job}-{size}-meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=2),
+    )
     try:
         found = JOBS[job](rank, size)
         Path(out, f"{job}-{size}-{rank}.pkl").write_bytes(pickle.dumps(found))
@@ -247,10 +253,7 @@ JOBS = {
 
 
 def run(job: str, size: int, out: Path) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_rank, (size, port, str(out), job), nprocs=size)  # type: ignore[attr-defined]
+    mp.spawn(on_rank, (size, str(out), job), nprocs=size)  # type: ignore[attr-defined]
     return [pickle.loads((out / f"{job}-{size}-{r}.pkl").read_bytes()) for r in range(size)]
 
 
