@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,10 +120,16 @@ def parts_of(data: Examples, sizes: list[int], rank: int) -> Examples:
 # ------------------------------------------------------------------------------- on each rank
 
 
-def on_rank(rank: int, size: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def on_rank(rank: int, size: int, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    # By a file: a port that is free now may not be a moment later. Nobody waits for long.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=2),
+    )
     try:
         found = {name: job(rank, size, Path(out)) for name, job in JOBS[size].items()}
         Path(out, f"{rank}.pkl").write_bytes(pickle.dumps(found))
@@ -260,10 +265,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[
     @cache
     def run(size: int) -> tuple[Path, list[Any]]:
         out = tmp_path_factory.mktemp("ranks")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(on_rank, (size, port, str(out)), nprocs=size)  # type: ignore[attr-defined]
+        mp.spawn(on_rank, (size, str(out)), nprocs=size)  # type: ignore[attr-defined]
         return out, [pickle.loads((out / f"{rank}.pkl").read_bytes()) for rank in range(size)]
 
     return run

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,10 +200,15 @@ def found_of(learner: Learner, prior: Prior) -> dict[str, Any]:
     return {"model": dict(learner.model.state_dict()), "prior": prior.state_dict()}
 
 
-def on_rank(rank: int, size: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def on_rank(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=2),
+    )
     try:
         found = {name: job(rank, Path(folder)) for name, job in JOBS.items()}
         Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(found))
@@ -302,10 +306,7 @@ JOBS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_rank, (2, port, str(folder)), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(on_rank, (2, str(folder)), nprocs=2)  # type: ignore[attr-defined]
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)], folder
 
 
