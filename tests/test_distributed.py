@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ CASES: dict[str, Callable[[], Prior]] = {
         for s in ("lambda", "leverage", "residual", "sensitivity")
     },
     "all kept": _recipe(memory=None, gradient="stored"),
+    "bytes": _recipe(memory="700B", score="random"),
+    "k_centre": _recipe(memory=5, score="k_centre"),
     "lowest": _recipe(memory=4, descending=False),
     "a sample": _recipe(structure="diagonal", curvature_examples=7, memory=3, score="random"),
     "empirical": _recipe(structure="diagonal", estimator="empirical"),
@@ -118,19 +120,25 @@ def parts_of(data: Examples, sizes: list[int], rank: int) -> Examples:
 # ------------------------------------------------------------------------------- on each rank
 
 
-def on_rank(rank: int, size: int, port: int, out: str, job: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def on_rank(rank: int, size: int, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    # By a file: a port that is free now may not be a moment later. Nobody waits for long.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=2),
+    )
     try:
-        found = JOBS[job](rank, size)
-        Path(out, f"{job}-{size}-{rank}.pkl").write_bytes(pickle.dumps(found))
+        found = {name: job(rank, size, Path(out)) for name, job in JOBS[size].items()}
+        Path(out, f"{rank}.pkl").write_bytes(pickle.dumps(found))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def every_case(rank: int, size: int) -> Any:
+def every_case(rank: int, size: int, out: Path) -> Any:
     return {
         (name, i): learned(case(), lambda data, s=sizes: shard(parts_of(data, s, rank)))
         for name, case in CASES.items()
@@ -139,7 +147,7 @@ def every_case(rank: int, size: int) -> Any:
     }
 
 
-def mistakes(rank: int, size: int) -> Any:
+def mistakes(rank: int, size: int, out: Path) -> Any:
     ranks, model = Ranks(), network()
     data = parts_of(task(0), [15, 15], rank)
     mine = shard(data)
@@ -177,7 +185,7 @@ def mistakes(rank: int, size: int) -> Any:
     return told, None if alone is None else alone.num_data
 
 
-def user_loop(rank: int, size: int) -> Any:
+def user_loop(rank: int, size: int, out: Path) -> Any:
     """Three lines in a loop of one's own: gradients of one process on the whole batch."""
     model = network()
     ddp = DistributedDataParallel(model)
@@ -223,41 +231,49 @@ def by_learner(name: str, ranks: Ranks | None, **options: Any) -> dict[str, Any]
             "losses": told, "drawn": learner.generator.get_state()}  # fmt: skip
 
 
-def learners(rank: int, size: int) -> Any:
+def learners(rank: int, size: int, out: Path) -> Any:
     return {name: by_learner(name, Ranks()) for name in PRESETS}
 
 
-def saved(rank: int, size: int) -> Any:
+def saved(rank: int, size: int, out: Path) -> Any:
     """Rank 0 writes; a learner on any number of ranks goes on from there."""
-    folder = Path(os.environ["LIFELONG_TEST_FOLDER"])
+    folder = out / "run"
     by_learner("recommended", Ranks(), folder=folder)
     return sorted(p.name for p in folder.iterdir())
 
 
-JOBS = {
-    "learners": learners,
-    "saved": saved,
-    "cases": every_case,
-    "mistakes": mistakes,
-    "loop": user_loop,
+JOBS: dict[int, dict[str, Callable[[int, int, Path], Any]]] = {
+    2: {
+        "cases": every_case,
+        "learners": learners,
+        "mistakes": mistakes,
+        "loop": user_loop,
+        "saved": saved,
+    },
+    4: {"cases": every_case, "learners": learners},
 }
 
 
 # ------------------------------------------------------------------------------- the tests
 
 
-def run(job: str, size: int, out: Path) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_rank, (size, port, str(out), job), nprocs=size)  # type: ignore[attr-defined]
-    return [pickle.loads((out / f"{job}-{size}-{r}.pkl").read_bytes()) for r in range(size)]
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, list[Any]]]:
+    """All jobs of a number of ranks, done once, since a process takes seconds to start: the folder
+    that they wrote to, and what each rank has found."""
+
+    @cache
+    def run(size: int) -> tuple[Path, list[Any]]:
+        out = tmp_path_factory.mktemp("ranks")
+        mp.spawn(on_rank, (size, str(out)), nprocs=size)  # type: ignore[attr-defined]
+        return out, [pickle.loads((out / f"{rank}.pkl").read_bytes()) for rank in range(size)]
+
+    return run
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    size = request.param
-    return size, run("cases", size, tmp_path_factory.mktemp("ranks"))
+def found(request: pytest.FixtureRequest, on_ranks: Any) -> tuple[int, list[Any]]:
+    return request.param, on_ranks(request.param)[1]
 
 
 def flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -298,10 +314,10 @@ def test_shards_give_the_prior_of_one_process(name: str, found: Any) -> None:
     expected = learned(CASES[name](), lambda data: data)
     for by_rank in ranks:
         for i in range(len(SPLITS[size])):
-            require_close(by_rank[name, i], expected)
+            require_close(by_rank["cases"][name, i], expected)
 
 
-def test_a_loop_of_ones_own_has_the_gradients_of_one_process(tmp_path: Path) -> None:
+def test_a_loop_of_ones_own_has_the_gradients_of_one_process(on_ranks: Any) -> None:
     model = network()
     prior = lifelong.recommended(Categorical(), memory=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -316,38 +332,32 @@ def test_a_loop_of_ones_own_has_the_gradients_of_one_process(tmp_path: Path) -> 
             expected.append({n: p.grad.clone() for n, p in model.named_parameters()})  # type: ignore[union-attr]
             optimizer.step()
         prior = prior.update(model, data, generator=torch.Generator().manual_seed(7))
-    for grads in run("loop", 2, tmp_path):
-        require_close(grads, expected)
-
-
-@pytest.fixture(scope="module")
-def learned_together(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run("learners", 2, tmp_path_factory.mktemp("learners"))
+    for by_rank in on_ranks(2)[1]:
+        require_close(by_rank["loop"], expected)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_learner_on_ranks_ends_where_one_process_ends(name: str, learned_together: Any) -> None:
+def test_a_learner_on_ranks_ends_where_one_process_ends(name: str, found: Any) -> None:
     """Weights, prior, accuracies, losses of each epoch and all draws, with batches that do not
     divide evenly."""
     expected = by_learner(name, None)
-    for by_rank in learned_together:
-        require_close(by_rank[name], expected)
+    for by_rank in found[1]:
+        require_close(by_rank["learners"][name], expected)
 
 
-def test_rank_0_writes_what_any_number_of_ranks_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    monkeypatch.setenv("LIFELONG_TEST_FOLDER", str(folder))
-    assert run("saved", 2, tmp_path) == [[CHECKPOINT], [CHECKPOINT]]
+def test_rank_0_writes_what_any_number_of_ranks_reads(on_ranks: Any) -> None:
+    out, ranks = on_ranks(2)
+    folder = out / "run"
+    assert [by_rank["saved"] for by_rank in ranks] == [[CHECKPOINT], [CHECKPOINT]]
     alone = Learner(network(), CASES["recommended"]()).load(folder / CHECKPOINT)
     expected = by_learner("recommended", None)
     require_close(alone.model.state_dict(), expected["model"])
     require_close(alone.prior.state_dict(), expected["prior"])
 
 
-def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
-    for rank, (told, alone) in enumerate(run("mistakes", 2, tmp_path)):
+def test_mistakes_are_told_on_every_rank(on_ranks: Any) -> None:
+    for rank, by_rank in enumerate(on_ranks(2)[1]):
+        told, alone = by_rank["mistakes"]
         for name, message in {
             "weights": "ValueError: expected the same weights of the model",
             "prior": "ValueError: expected the same prior on all ranks",

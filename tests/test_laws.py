@@ -665,6 +665,8 @@ def test_distributed_over_one_process_is_plain() -> None:
         wrapped = nn.parallel.DistributedDataParallel(model)
         f = case.likelihood.mask(wrapped(data.inputs), lifelong.data.head_mask(data.head, 6))
         (case.likelihood.nll(f, data.labels).sum() + prior(wrapped.module)).backward()
+        # Before the group: one that ends with the last wrapper may wait for its own thread forever.
+        del wrapped, f
     finally:
         distributed.destroy_process_group()
     grads = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]

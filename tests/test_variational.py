@@ -18,6 +18,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 from lifelong import Bernoulli, Categorical, Dense, Diagonal, Gaussian, Poisson, Posterior
+from lifelong.distributed import Ranks
 from lifelong.errors import NonFiniteError, NotRepeatableError, StaleAnchorError
 from lifelong.testing import reference
 from lifelong.variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -655,7 +656,8 @@ def on_rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     model, (x, y) = TwoHeads(), regression()
-    optimizer = ivon(model)
+    ranks = Ranks()
+    optimizer = ivon(model, ranks=ranks)
     part = slice(0, 5) if rank == 0 else slice(5, 20)
     for _ in range(3):
         model.active = rank
@@ -663,7 +665,7 @@ def on_rank(rank: int, folder: str) -> None:
             F.mse_loss(model(x[part]), y[part]).backward()
         optimizer.step()
     von_model = linear()
-    von = VON(von_model, NOISE, ess=20)
+    von = VON(von_model, NOISE, ess=20, ranks=ranks)
     von.observe(x[part], y[part])
     von.step()
     torch.save((flat(model), flat(von_model)), f"{folder}/{rank}")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from .distributed import Ranks
 from .errors import NotRepeatableError
-from .models import Inputs, move, rows, take
+from .models import Inputs, concat, move, rows, take
 
 Head = tuple[int, ...]
 BATCH_SIZE = 512  # of passes that take no training step; the result does not depend on it
@@ -145,6 +145,15 @@ def _is_empty(data: Any) -> bool:
 def summed(data: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sums over one rank's examples, as sums over those of all ranks where data are a ``Shard``."""
     return data.sum(tensors) if isinstance(data, Shard) else list(tensors)
+
+
+def whole(data: Data) -> Data:
+    """What every rank can read by itself: of a ``Shard`` all examples, sent to each rank."""
+    if not isinstance(data, Shard):
+        return data
+    parts = list(batches(data))
+    inputs = data.ranks.gather_each(concat([part.inputs for part in parts]) if parts else None)
+    return Examples(inputs, every_label(data), every_id(data), data.head)
 
 
 def every_id(data: Any) -> Tensor:

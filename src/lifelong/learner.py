@@ -412,11 +412,14 @@ class Learner:
 
     def save(self, path: str | Path) -> Path:
         """Everything that is needed to go on with the same numbers; atomic."""
+        prior = self.prior
+        if self.ranks is not None:  # of a spread memory all parts, so that any ranks can go on
+            prior = prior.collected(self.ranks)
         state = {
             "model": self.model.state_dict(),
             "initial": self._initial,
             "finished": self.finished,
-            "prior": self.prior.state_dict(),
+            "prior": prior.state_dict(),
             "accuracy": self.accuracy,
             "seconds": self.seconds,
             "gradients": self.gradients,
@@ -456,6 +459,8 @@ class Learner:
                 "model as it was when it was saved"
             )
         self.model.load_state_dict(state["model"])
+        if self.ranks is not None and self.prior.shards > 1:
+            prior = prior.spread(self.ranks)
         self.prior, self._initial = prior, state["initial"]
         self.finished, self.accuracy = state["finished"], state["accuracy"]
         self.seconds, self._within = state["seconds"], state["within"]

@@ -9,7 +9,7 @@ of its true label (*replay*). Experience replay is (0, N/M), a K-prior (1, 0), E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from .data import (
     head_of,
     num_examples,
 )
+from .distributed import Ranks
 from .likelihoods import Likelihood
 from .models import (
     Inputs,
@@ -153,6 +154,27 @@ class Memory:
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         places = torch.arange(n, dtype=torch.float64).add_(u).mul_(m / n)
         return places.long().clamp_(max=m - 1).to(self.labels.device)
+
+    def spread(self, rank: int, size: int) -> Memory:
+        """Every ``size``-th item from ``rank`` on, believed ``size`` times as much: what is left on
+        one of ``size`` ranks, so that the mean over the ranks is that of all."""
+        return self[torch.arange(len(self), device=self.labels.device)[rank::size]].scaled(size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Memory]) -> Memory:
+        """The memory whose ``spread`` the parts are, in the order of ranks."""
+        size, count = len(parts), sum(len(part) for part in parts)
+        both = parts[0].add(*parts[1:])
+        place = torch.cat([torch.arange(count)[rank::size] for rank in range(size)])
+        return both[place.argsort().to(both.labels.device)].scaled(1 / size)
+
+    def collected(self, ranks: Ranks) -> Memory:
+        """``joined``, of the parts that the ranks hold; on every rank."""
+        counts = ranks.objects(len(self))
+        columns = {name: ranks.gather_each(getattr(self, name)) for name in _ROWS}
+        every = replace(self, **columns)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return Memory.joined([every[slice(a, a + n)] for a, n in zip(starts, counts, strict=True)])
 
     def scaled(self, factor: float) -> Memory:
         """The same items, believed ``factor`` times as much."""
@@ -320,11 +342,11 @@ def memorise(
         )
         return _at(passing, probed.chosen(probed.smallest(size.target)))
     if isinstance(size, Bytes):
-        size = min(size.items(_bytes_of_one(passing)), num_examples(data))
+        size = min(size.items(_bytes_of_one(passing) or 0), num_examples(data))
     if isinstance(size, Fidelity):  # of ids that were named
         size = None
     if ids is None and score == "k_centre":
-        ids = _k_centre_ids(model, data, size, batch_size)
+        ids = _k_centre_ids(passing, size)
     if ids is None and size is not None:
         available = num_examples(data)
         if size > available > 0:  # of no data at all ``batches`` tells
@@ -518,14 +540,19 @@ def _of_all_ranks(passing: _Pass, by: _Choice, ids: Tensor | None) -> Memory:
     Scores and labels of all examples are gathered, of inputs those that stay alone.
     """
     data: Any = passing.data
-    if isinstance(by.size, Bytes | Fidelity) or by.score == "k_centre":
+    if isinstance(by.size, Fidelity):
         raise ValueError(
-            "over several ranks a memory is a number of examples, chosen by a score of each; "
-            f"got memory={by.size} and score={by.score!r}"
+            f"over several ranks a memory is a number of examples, or bytes; got memory={by.size}"
         )
     every = every_id(data)
     if len(every.unique()) != len(every):
         raise ValueError("two examples on some ranks have one id; leave ids to shard()")
+    if isinstance(by.size, Bytes):
+        each = data.ranks.objects(_bytes_of_one(passing))
+        fit = by.size.items(next(n for n in each if n is not None))
+        by = by._replace(size=min(fit, len(every)))
+    if ids is None and by.score == "k_centre":
+        ids = _k_centre_ids(passing, by.size)
     if ids is not None:
         missing = ids[~torch.isin(ids, every)]
         if len(missing):
@@ -587,18 +614,25 @@ def _at(passing: _Pass, positions: Tensor) -> Memory:
     return found
 
 
-def _bytes_of_one(passing: _Pass) -> int:
-    """What one item takes, with all that it stores."""
-    batch, f, _ = next(iter(passing))
-    one = slice(0, 1)
-    return passing.items(batch.rows(one), f[one]).num_bytes
+def _bytes_of_one(passing: _Pass) -> int | None:
+    """What one item takes, with all that it stores; None of a rank that has no example."""
+    for batch, f, _ in passing:
+        one = slice(0, 1)
+        return passing.items(batch.rows(one), f[one]).num_bytes
+    return None
 
 
-def _k_centre_ids(model: nn.Module, data: Data, size: int | None, batch_size: int) -> Tensor:
-    features, ids = [], []
-    with evaluating(model), torch.no_grad():
-        for batch in batches(data, batch_size):
-            features.append(forward(model, batch.inputs))
-            ids.append(batch.ids)
-    found = torch.cat(ids)
-    return found[select.k_centre(torch.cat(features), len(found) if size is None else size)]
+def _k_centre_ids(passing: _Pass, size: int | None) -> Tensor:
+    """Of the examples whose outputs are farthest from each other, of all ranks."""
+    data = passing.data
+    with evaluating(passing.model), torch.no_grad():
+        parts = [
+            forward(passing.model, move(batch.inputs, device_of(passing.model)))
+            for batch in batches(data, passing.batch_size)
+        ]
+    own = torch.cat(parts) if parts else None
+    features = data.ranks.gather(own) if isinstance(data, Shard) else own
+    if features is None:  # batches() raises before; this tells the type checker so
+        raise ValueError("the data hold no examples")
+    chosen = select.k_centre(features, len(features) if size is None else size)
+    return every_id(data)[chosen]

@@ -62,6 +62,18 @@ def parameters(
     }
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module whose parameters have the user's names: inside of DistributedDataParallel,
+    DataParallel and what ``torch.compile`` returns, one in another or not."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is; the CPU for a model without any."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

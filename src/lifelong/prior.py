@@ -46,6 +46,7 @@ from .data import (
     head_of,
     num_examples,
     require_repeatable,
+    whole,
 )
 from .distributed import Ranks
 from .divergences import Logit
@@ -65,6 +66,7 @@ from .models import (
     require_finite,
     rows,
     snapshot,
+    unwrapped,
 )
 from .named import named, unnamed
 from .path import PathIntegral
@@ -98,6 +100,10 @@ class Prior:
     heads: the class sets that occurred. strengths: of each task's curvature, given or found.
     beliefs: by how much each task was multiplied since (``discount``, ``*``), 1 for a new one.
     task_size: for how many examples each task counts, where the recipe makes them equal; else 0.
+    shards: over how many ranks the memory is spread (``spread``); 1 where it is all here.
+
+    A model may come in its wrapper (DistributedDataParallel, ``torch.compile``): names are those of
+    the module inside, which is also what memory is asked of.
     """
 
     likelihood: Likelihood
@@ -110,6 +116,7 @@ class Prior:
     strengths: tuple[float, ...] = ()
     beliefs: tuple[float, ...] = ()
     task_size: int = 0
+    shards: int = 1
 
     def __post_init__(self) -> None:
         require_likelihood(self.likelihood)
@@ -141,8 +148,10 @@ class Prior:
         cost that does not grow with the number of tasks. The memory is read in eval mode.
         ranks: each reads its part of what is drawn, with generators in one state, and the mean of
         their values and gradients, as DistributedDataParallel takes it, is that of one process.
-        Raises StaleAnchorError where the model is no longer the one that the prior knows.
+        Raises StaleAnchorError where the model is no longer the one that the prior knows,
+        ValueError for a memory that is spread over another number of ranks.
         """
+        model = unwrapped(model)
         value, drawn = self.weight_space(model), self._draw(batch_size, generator, ranks)
         if drawn:
             with evaluating(model):
@@ -183,6 +192,7 @@ class Prior:
             raise ValueError(
                 f"num_data must be the number of examples of the task at hand, got {num_data}"
             )
+        wrapper, model = model, unwrapped(model)  # new data go through it: it adds up gradients
         drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
         if augment is not None:
@@ -192,12 +202,12 @@ class Prior:
                 for (term, _), x in zip(drawn, remembered, strict=True)
             ]
         if not drawn or _mode_matters(model):
-            f_new = forward(model, inputs)
+            f_new = forward(wrapper, inputs)
             if drawn:
                 with evaluating(model):
                     f_old = forward(model, concat(remembered))
         else:
-            f_new, f_old = forward(model, concat([inputs, *remembered])).tensor_split([n])
+            f_new, f_old = forward(wrapper, concat([inputs, *remembered])).tensor_split([n])
         f_new = _at_least_float32(f_new)
         mask = head_mask(head, f_new.shape[1], f_new.device)
         if labels.device.type == "cpu":  # elsewhere the check would wait for the device
@@ -211,6 +221,7 @@ class Prior:
 
     def weight_space(self, model: nn.Module) -> Tensor:
         """Nats of the terms that need the weights alone: all of the prior but its memories."""
+        model = unwrapped(model)
         first = next(model.parameters())
         with _full_precision(first.device):
             values = [term(model) for term in self._weight_space_terms]
@@ -242,8 +253,14 @@ class Prior:
         self, n: int | None, generator: torch.Generator | None, ranks: Ranks | None = None
     ) -> list[tuple[Any, Any]]:
         held = [t for t in self.terms if isinstance(t, _IN_MEMORY) and len(t.memory)]
+        if ranks is not None and self.shards > 1:
+            self._require_shards(ranks)
+            if generator is not None and n is not None:  # parts differ in length, and in draws
+                seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+                generator = torch.Generator(generator.device).manual_seed(seed + ranks.rank)
+            n = None if n is None else -(-n // ranks.size)
         drawn = [(term, term.draw(n, generator)) for term in held]
-        if ranks is None:
+        if ranks is None or self.shards > 1:
             return drawn
         parts = [(term, sample.part(ranks.rank, ranks.size)) for term, sample in drawn]
         return [(term, part) for term, part in parts if len(part)]
@@ -331,6 +348,11 @@ class Prior:
             )
         if self.task_size and other.task_size:  # each task then counts for as many examples
             other = other._equal_tasks(self.task_size)
+        if self.shards != other.shards:
+            raise ValueError(
+                f"cannot add a prior whose memory is spread over {other.shards} ranks to one over "
+                f"{self.shards}; expected both spread(ranks), or both collected(ranks)"
+            )
         curvatures = [c for c in (self.curvature, other.curvature) if c is not None]
         known = bool(self.strengths or other.strengths)
         return replace(
@@ -367,12 +389,14 @@ class Prior:
             return self._equal_tasks(num_examples(data))
         if self.recipe.distil == 0 or self.num_tasks == 0:
             return self
+        model = unwrapped(model)
         require_repeatable(data)
         items = memorise(model, data, self.likelihood, head=head_of(data, head))
         seen = _union(self.heads)
         items = replace(items, heads=(seen,)).weighted(self.recipe.distil, 0.0)
         kept = tuple(term for term in self.terms if not isinstance(term, MemoryTerm))
-        return replace(self, terms=(*kept, MemoryTerm(items, self.recipe.divergence)))
+        made = replace(self, terms=(*kept, MemoryTerm(items, self.recipe.divergence)), shards=1)
+        return made if self.shards == 1 else made.spread(self._ranks_of(data))
 
     def update(
         self,
@@ -401,8 +425,9 @@ class Prior:
         head or there are no data; NotRepeatableError for a shuffled or augmented loader;
         NonFiniteError; StaleAnchorError where parameters were renamed or resized.
         """
+        model = unwrapped(model)
         self._require_anchor(model)  # before anything is drawn
-        if isinstance(data, Shard):
+        if isinstance(data, Shard) and self.shards == 1:
             self._require_one(data.ranks, model, generator)
         over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
         with _undrawn(generator):
@@ -421,6 +446,7 @@ class Prior:
         batch_size: int = BATCH_SIZE,
     ) -> Tensor:
         """(N,) the recipe's score of each example; raises as ``lifelong.identify``."""
+        model = unwrapped(model)
         return identify(
             model,
             data,
@@ -442,7 +468,7 @@ class Prior:
         batch_size: int = BATCH_SIZE,
     ) -> Memory | None:
         """The items of ``data`` that the recipe keeps, with the recipe's weights."""
-        recipe = self.recipe
+        recipe, model = self.recipe, unwrapped(model)
         if not recipe.keeps_memory:
             return None
         require_repeatable(data)
@@ -497,7 +523,12 @@ class Prior:
         New gradient, curvature and soft labels are all computed before anything is put together:
         whatever raises leaves this prior as it was. Raises as ``update``.
         """
-        recipe, head = self.recipe, head_of(data, head)
+        if self.shards > 1:
+            ranks = self._ranks_of(data)
+            over: Any = {"head": head, "path": path, "groups": groups, "max_groups": max_groups}
+            over |= {"generator": generator, "batch_size": batch_size}
+            return self.collected(ranks).recall(model, data, items, **over).spread(ranks)
+        recipe, head, model = self.recipe, head_of(data, head), unwrapped(model)
         if any(isinstance(t, WeightTerm) and is_rounded(t.curvature) for t in self.terms):
             raise ValueError(
                 "this prior is rounded for the steps of training (Prior.rounded); update the prior "
@@ -706,7 +737,8 @@ class Prior:
     ) -> Prior:
         """Take examples out of the past; refit the model from the anchor afterwards.
 
-        data: the examples, read again, with the ids they had. Those in memory are dropped, and
+        data: the examples, read again, with the ids they had; a ``Shard`` of them is sent to every
+        rank, and each then does all of the removal. Those in memory are dropped, and
         their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
         which is unbounded below).
         task, ids, where: which ones; all of them must hold, and they are enough where all are in
@@ -762,7 +794,12 @@ class Prior:
         **which: Any,
     ) -> removal.Removal:
         """What ``forget`` takes out, for ``unlearn``, whose audit counts it."""
-        over = None
+        self._require_collected("forget")
+        model, over = unwrapped(model), None
+        if isinstance(data, Shard) and groups is not None:
+            raise ValueError("groups are of one process's data; expected plain data with them")
+        if data is not None:
+            data = whole(data)
         if data is not None:
             require_repeatable(data)
             over = Pass(model, data, self.likelihood, head_of(data, head), None, batch_size)
@@ -795,8 +832,10 @@ class Prior:
         for again where the recipe refreshes them; so what the old labels said of examples that
         are gone is not kept. For a generalised linear model the prior is the same function; for
         a network it keeps its value's gradient here. Kernels (FROMP) stay where they are.
-        Raises StaleAnchorError, NonFiniteError.
+        Raises StaleAnchorError, NonFiniteError, ValueError for a memory that is spread over ranks.
         """
+        self._require_collected("rebase")
+        model = unwrapped(model)
         self._require_anchor(model)
         with evaluating(model):
             params = parameters(model)
@@ -873,9 +912,12 @@ class Prior:
         Raises StaleAnchorError where names, dimensions or outputs do not match, unless
         ``allow_unmatched``; ValueError for maps that name what does not exist or one thing twice,
         for a curvature that cannot follow, for logits matched by squares (DER) with "zero", for
-        kernels or learned vectors that should lose a class, for a missing ``previous``, and for
-        outputs that are no classes, which cannot be added to remembered ones.
+        kernels or learned vectors that should lose a class, for a missing ``previous``, for outputs
+        that are no classes, which cannot be added to remembered ones, and for a memory that is
+        spread over ranks.
         """
+        self._require_collected("transfer")
+        model = unwrapped(model)
         terms, curvature, recipe = self.terms, self.curvature, self.recipe
         if structure is not None:
             if structure not in ("diagonal", "dense"):
@@ -942,6 +984,98 @@ class Prior:
         held = sum(len(t.memory) for t in self.terms if isinstance(t, _IN_MEMORY))
         return self.num_data > 0 and held == self.num_data
 
+    # ---------------------------------------------------------------- memory over ranks
+
+    def spread(self, ranks: Ranks) -> Prior:
+        """The same prior with a part of the memory on each rank, every ``ranks.size``-th item,
+        believed as many times: the mean over the ranks, as DistributedDataParallel takes it, of
+        ``prior(model)`` and its gradient is that of the whole.
+
+        An update (with a ``Shard``) collects the memory, chooses, and spreads it again: what a rank
+        holds between updates is its part alone, and while one lasts all of it. With ``batch_size``
+        each rank draws from its own; ``ranks=`` makes that a part of the number.
+        Raises ValueError for kernels, which couple their items, for joint training, which draws
+        from all of them, and for a memory that is spread already.
+        """
+        if self.shards > 1 or any(isinstance(t, KernelTerm) for t in self.terms):
+            raise ValueError(
+                f"the memory of this {self.recipe.name} prior cannot be spread: it is over "
+                f"{self.shards} ranks already, or kernels couple its items"
+            )
+        if self.recipe.kernel or self.recipe.reference:
+            raise ValueError(
+                f"the {self.recipe.name} prior needs all of its memory at once; leave it on every "
+                "rank"
+            )
+        terms = tuple(
+            replace(t, memory=t.memory.spread(ranks.rank, ranks.size))
+            if isinstance(t, MemoryTerm)
+            else t
+            for t in self.terms
+        )
+        return replace(self, terms=terms, shards=ranks.size)
+
+    def collected(self, ranks: Ranks) -> Prior:
+        """The prior with all of its memory on every rank; itself where it is not spread.
+
+        Raises ValueError where it is spread over another number of ranks.
+        """
+        if self.shards == 1:
+            return self
+        self._require_shards(ranks)
+        terms = tuple(
+            replace(t, memory=t.memory.collected(ranks)) if isinstance(t, MemoryTerm) else t
+            for t in self.terms
+        )
+        return replace(self, terms=terms, shards=1)
+
+    @staticmethod
+    def joined(parts: Sequence[Prior]) -> Prior:
+        """The prior whose ``spread`` over ``len(parts)`` ranks the parts are, in the order of
+        ranks: of files that each rank has saved, to go on with on another number of ranks.
+
+        Raises ValueError where these are not all the parts.
+        """
+        if not parts or any(part.shards != len(parts) for part in parts):
+            raise ValueError(
+                f"expected all parts of one prior, got {len(parts)} of priors that are spread over "
+                f"{sorted({part.shards for part in parts})} ranks"
+            )
+        if len(parts) == 1:
+            return parts[0]
+        terms = tuple(
+            replace(t, memory=Memory.joined([part.terms[i].memory for part in parts]))  # type: ignore[union-attr]
+            if isinstance(t, MemoryTerm)
+            else t
+            for i, t in enumerate(parts[0].terms)
+        )
+        return replace(parts[0], terms=terms, shards=1)
+
+    def _require_shards(self, ranks: Ranks) -> None:
+        if ranks.size != self.shards:
+            raise ValueError(
+                f"the memory of this prior is spread over {self.shards} ranks, and there are "
+                f"{ranks.size}; join the {self.shards} parts by Prior.joined(parts), and then "
+                "spread(ranks)"
+            )
+
+    def _require_collected(self, what: str) -> None:
+        if self.shards > 1:
+            raise ValueError(
+                f"{what} needs all of the memory, which is spread over {self.shards} ranks; call "
+                "prior.collected(ranks) on each of them first, and spread(ranks) afterwards"
+            )
+
+    def _ranks_of(self, data: Data) -> Ranks:
+        """Those that this prior is spread over."""
+        if not isinstance(data, Shard):
+            raise ValueError(
+                f"the memory of this prior is spread over {self.shards} ranks, so its data must "
+                "say that they are a part: expected lifelong.shard(data), on every rank"
+            )
+        self._require_shards(data.ranks)
+        return data.ranks
+
     def grow(self, model: nn.Module, *, new_classes: NewClasses = "zero") -> Prior:
         """``transfer`` to the same model after its head was given more outputs."""
         return self.transfer(model, new_classes=new_classes)
@@ -979,6 +1113,7 @@ class Prior:
             "strengths": list(self.strengths),
             "beliefs": list(self.beliefs),
             "task_size": self.task_size,
+            "shards": self.shards,
         }
 
     @classmethod
@@ -996,6 +1131,7 @@ class Prior:
             strengths=tuple(state["strengths"]),
             beliefs=tuple(state["beliefs"]),
             task_size=state.get("task_size", 0),  # of files from before it was written
+            shards=state.get("shards", 1),
         )
 
 

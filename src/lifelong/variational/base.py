@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..hooks import accumulator
 from ..models import parameters
 from ..posterior import Posterior
@@ -22,7 +23,8 @@ class Variational(torch.optim.Optimizer):
 
     generator: where its noise comes from, so that the global random state is not touched; by
     default a new one on the CPU, seeded with the rank. A generator may live on another device than
-    the parameters: the noise is drawn there and moved.
+    the parameters: the noise is drawn there and moved. ranks: over which passes are averaged;
+    without them a process steps alone.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Variational(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         generator: torch.Generator | None = None,
-        sync: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         groups, self.names = _split_names(params)
         super().__init__(groups, defaults)
-        self.generator = generator or torch.Generator().manual_seed(_rank())
-        self.sync = sync
+        self.generator = generator or torch.Generator().manual_seed(
+            0 if ranks is None else ranks.rank
+        )
+        self.ranks = ranks
         self._weight = 0.0  # of the passes since the last step
         self._sampling = False
 
@@ -115,11 +119,8 @@ class Variational(torch.optim.Optimizer):
                 "there are gradients that were taken outside of sampled_params, at the mean; "
                 f"expected {how} before step(). zero_grad() drops them"
             )
-        if self._weight == 0 and not self._several():
+        if self._weight == 0 and self.ranks is None:
             raise RuntimeError(f"step() without a pass over data: expected {how} before it")
-
-    def _several(self) -> bool:
-        return self.sync and distributed.is_available() and distributed.is_initialized()
 
     # ------------------------------------------------------------------ resuming
 
@@ -179,11 +180,6 @@ def positive(**values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _rank() -> int:
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if ready else 0
 
 
 def _split_names(params: ParamsOrGroups) -> tuple[list[Any], dict[int, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..curvature import Curvature, Dense, Diagonal, dense_curvature
 from ..data import head_mask
-from ..distributed import all_reduce
+from ..distributed import Ranks
 from ..errors import StaleAnchorError
 from ..hooks import accumulator
 from ..jacobians import differentiating, gradient
@@ -62,7 +62,7 @@ class VON(Variational):
         mc_samples: int = 1,
         prior: Posterior | None = None,
         generator: torch.Generator | None = None,
-        sync: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         rates = {"lr": lr, "precision_lr": lr if precision_lr is None else precision_lr}
         for name, rate in rates.items():
@@ -74,7 +74,7 @@ class VON(Variational):
         if mc_samples < 0:
             raise ValueError(f"mc_samples must not be negative, got {mc_samples}")
         chosen = parameters(model)
-        super().__init__(chosen.items(), {**rates, "ess": ess}, generator=generator, sync=sync)
+        super().__init__(chosen.items(), {**rates, "ess": ess}, generator=generator, ranks=ranks)
         self.model, self.likelihood, self.hessian, self.mc_samples = (
             model, likelihood, hessian, mc_samples,
         )  # fmt: skip
@@ -169,8 +169,8 @@ class VON(Variational):
         g = own.pop("grad_sum", torch.zeros_like(own["prior_mean"]))
         h = own.pop("hess_sum", torch.zeros_like(own["precision"]))
         total, self._weight = g.new_tensor([self._weight]), 0.0
-        if self._several():
-            g, h, total = all_reduce([g, h, total])
+        if self.ranks is not None:
+            g, h, total = self.ranks.sum([g, h, total])
         scale = group["ess"] / total
         target = scale * h + own["prior_precision"]
         precision = torch.lerp(own["precision"], target, group["precision_lr"])

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..curvature import Diagonal
 from ..data import head_mask
-from ..distributed import all_reduce
+from ..distributed import Ranks
 from ..errors import StaleAnchorError
 from ..hooks import Engine, accumulator, upcast
 from ..jacobians import differentiating, require_deterministic_mode, residual
@@ -48,9 +48,9 @@ class MeanField(Variational):
         *,
         prior: Posterior | None,
         generator: torch.Generator | None,
-        sync: bool,
+        ranks: Ranks | None,
     ) -> None:
-        super().__init__(params, defaults, generator=generator, sync=sync)
+        super().__init__(params, defaults, generator=generator, ranks=ranks)
         for group in self.param_groups:
             positive(ess=group["ess"])
             if not (group["weight_decay"] >= 0 and math.isfinite(group["weight_decay"])):
@@ -192,7 +192,7 @@ class MeanField(Variational):
         """One step from the passes since the last one; returns the closure's mean loss, or None.
 
         closure: clears gradients, computes the loss and its gradients; it is called
-        ``mc_samples`` times, each at weights of its own. With ``sync`` the means are over the
+        ``mc_samples`` times, each at weights of its own. With ``ranks`` the means are over the
         passes of all ranks.
 
         Raises RuntimeError without a sampled pass, inside of ``sampled_params``, or where
@@ -225,8 +225,8 @@ class MeanField(Variational):
             g, s = state.pop("grad_sum", None), state.pop("statistic_sum", None)
             sums.append(None if g is None or s is None else (g, s))
         weight, self._weight = self._weight, 0.0
-        if self._several():
-            weight, sums = self._over_ranks(held, sums, weight)
+        if self.ranks is not None:
+            weight, sums = self._over_ranks(self.ranks, held, sums, weight)
             if weight == 0:
                 raise RuntimeError(f"step() without a pass on any rank: expected {self._HOW}")
         return [
@@ -237,6 +237,7 @@ class MeanField(Variational):
 
     def _over_ranks(
         self,
+        ranks: Ranks,
         held: list[tuple[nn.Parameter, dict[str, Any]]],
         sums: list[tuple[Tensor, Tensor] | None],
         weight: float,
@@ -248,7 +249,7 @@ class MeanField(Variational):
             zero = torch.zeros_like(h)
             g, s = pair or (zero, zero)
             parts += [g, s, h.new_tensor([weight, float(pair is not None)])]
-        parts = all_reduce(parts)
+        parts = ranks.sum(parts)
         out: list[tuple[Tensor, Tensor] | None] = []
         for i in range(len(held)):
             g, s, told = parts[3 * i : 3 * i + 3]
@@ -300,7 +301,7 @@ class IVON(MeanField):
         rescale_lr: bool = True,
         prior: Posterior | None = None,
         generator: torch.Generator | None = None,
-        sync: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         _check(lr, beta1, beta2, mc_samples)
         positive(hess_init=hess_init)
@@ -317,7 +318,7 @@ class IVON(MeanField):
             "clip_radius": clip_radius,
             "rescale_lr": rescale_lr,
         }
-        super().__init__(params, defaults, prior=prior, generator=generator, sync=sync)
+        super().__init__(params, defaults, prior=prior, generator=generator, ranks=ranks)
 
     def _statistic(self, grad: Tensor, noise: Tensor) -> Tensor:
         return noise * grad
@@ -369,7 +370,7 @@ class Vadam(MeanField):
         mc_samples: int = 1,
         prior: Posterior | None = None,
         generator: torch.Generator | None = None,
-        sync: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         _check(lr, beta1, beta2, mc_samples)
         defaults = {
@@ -381,7 +382,7 @@ class Vadam(MeanField):
             "weight_decay": prior_precision / ess,
             "mc_samples": mc_samples,
         }
-        super().__init__(params, defaults, prior=prior, generator=generator, sync=sync)
+        super().__init__(params, defaults, prior=prior, generator=generator, ranks=ranks)
 
     def _statistic(self, grad: Tensor, noise: Tensor) -> Tensor:
         return grad.square()
@@ -439,7 +440,7 @@ class VOGN(MeanField):
         mc_samples: int = 1,
         prior: Posterior | None = None,
         generator: torch.Generator | None = None,
-        sync: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         _check(lr, beta1, beta2, mc_samples)
         if not (damping >= 0 and math.isfinite(damping)):
@@ -455,7 +456,7 @@ class VOGN(MeanField):
             "mc_samples": mc_samples,
         }
         chosen = parameters(model)
-        super().__init__(chosen.items(), defaults, prior=prior, generator=generator, sync=sync)
+        super().__init__(chosen.items(), defaults, prior=prior, generator=generator, ranks=ranks)
         self.likelihood = likelihood
         self._engine = Engine(model, chosen)
 
