@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -213,6 +214,19 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     resumed = runs.execute(plan(folder, prior), tmp_path / "b")
     assert resumed["matrices"] == whole["matrices"]
     assert resumed["memory_bytes"] == whole["memory_bytes"]
+
+
+def test_numbers_of_files_mean_nothing_once_a_photo_is_gone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(monkeypatch)
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    first = plan(photos, "finetune", None).fingerprint()
+    assert first == plan(folder, "finetune", None).fingerprint()
+    one = sorted((photos / "train").rglob("*.JPEG"))[0]
+    one.rename(one.with_name("z.JPEG"))
+    assert plan(photos, "finetune", None).fingerprint() != first
 
 
 @pytest.mark.parametrize("prior", ["ewc", "online_ewc", "joint", "kprior", "fromp", "finetune"])

@@ -356,6 +356,28 @@ def test_a_seed_does_not_depend_on_those_before_it(tmp_path: Path) -> None:
     assert both["matrices"][0] != both["matrices"][1]
 
 
+@pytest.mark.parametrize("change", ["inputs", "labels", "size"])
+def test_other_data_are_no_way_to_go_on(tmp_path: Path, change: str) -> None:
+    config = tiny(seeds=2)
+    run(tmp_path, config)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    plan = runs.prepare(config)
+    task = plan.stream[1]
+    data = task.train
+    train = {
+        "inputs": lambda: replace(data, inputs=data.inputs + 1),  # type: ignore[operator]
+        "labels": lambda: replace(data, labels=data.labels.flip(0)),
+        "size": lambda: data[:-1],
+    }[change]()
+    tasks = [*plan.stream]
+    tasks[1] = replace(task, train=train)
+    other = replace(plan, stream=replace(plan.stream, tasks=tuple(tasks)))
+    with pytest.raises(UsageError, match="not those that the run in .* began with"):
+        runs.execute(other, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert runs.execute(runs.prepare(config), tmp_path)["seeds"] == [0, 1]
+
+
 def test_another_run_is_never_overwritten(tmp_path: Path) -> None:
     run(tmp_path / "x", tiny())
     before = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}

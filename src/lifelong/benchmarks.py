@@ -56,7 +56,7 @@ class Benchmark:
     memory: int
     published: Mapping[str, Settings] = field(default_factory=dict)
     needs_data: bool = False
-    reader: Callable[[Path | None], nn.Module] | None = None
+    reader: Callable[[Path | None], Photos] | None = None
 
     def settings(self, preset: str) -> Settings:
         """How ``preset`` is used here where nobody says otherwise."""

@@ -14,6 +14,7 @@ runs/x/.lock                      held while a process writes to the folder
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -44,7 +45,7 @@ from .errors import CheckpointError
 from .learner import CHECKPOINT, Learner, Progress, passes
 from .likelihoods import Categorical
 from .metrics import mean_and_standard_error
-from .models import nbytes
+from .models import nbytes, take
 from .presets import PRESETS
 from .prior import Prior
 from .scores import ScoreName
@@ -54,6 +55,7 @@ FORMAT = 1
 CONFIG, TOML, VERSIONS, LOG = "config.json", "config.toml", "versions.json", "log.txt"
 ACCURACY, RESULT, LOCK = "accuracy.json", "result.json", ".lock"
 _SCORES = (*get_args(ScoreName), "k_centre")
+_INPUTS = 64  # of each part of a task, in a fingerprint
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,25 @@ class Plan:
             model if reader is None else nn.Sequential(reader(self.config.experiment.data), model)
         )
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what the data are: sizes, heads, all labels, some inputs of each task, and the
+        names of the files that inputs stand for. Two folders that differ elsewhere share it."""
+        found = hashlib.sha256()
+        for task in self.stream:
+            for part in (task.train, task.test):
+                if part is None:
+                    continue
+                found.update(repr((task.name, part.head, len(part))).encode())
+                found.update(part.labels.contiguous().cpu().numpy().tobytes())
+                some = take(part.inputs, torch.arange(0, len(part), max(1, len(part) // _INPUTS)))
+                for name, x in sorted(some.items() if isinstance(some, Mapping) else [("", some)]):
+                    found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+                    found.update(x.contiguous().cpu().numpy().tobytes())
+        if self.benchmark.reader is not None:
+            for path in self.benchmark.reader(self.config.experiment.data).paths:
+                found.update(f"{path.parent.name}/{path.name}\n".encode())
+        return found.hexdigest()
+
     def make_prior(self) -> Prior:
         """A prior that has seen nothing yet."""
         return PRESETS[self.config.experiment.prior](Categorical(), **self.arguments)
@@ -171,9 +192,12 @@ def execute(
     ranks: processes that learn together, each of which calls this; the first one writes. They may
     be more or fewer than those that began the run.
     Returns the summary that result.json holds. Raises OSError where the folder cannot be written,
-    UsageError where another process writes to it, CheckpointError where a checkpoint in it cannot
-    be read, ConnectionError where another rank has ended.
+    UsageError where another process writes to it, or the run there began with other data,
+    CheckpointError where a checkpoint in it cannot be read, ConnectionError where another rank has
+    ended.
     """
+    if folder is not None:
+        _require_same_data(plan, folder)
     writes = folder is not None and _is_first(ranks)
     with claimed(folder) if folder is not None and writes else nullcontext():
         results = [_seed(plan, seed, folder, watch, ranks) for seed in plan.config.seed_list]
@@ -242,7 +266,22 @@ def create(plan: Plan, folder: Path) -> None:
                 "flags": plan.config.to_dict(),
                 "training": asdict(plan.training),
                 "prior": dict(plan.arguments),
+                "data": plan.fingerprint(),
             },
+        )
+
+
+def _require_same_data(plan: Plan, folder: Path) -> None:
+    """Where a run lies in ``folder``: a memory by numbers of files, and accuracies in one matrix,
+    mean nothing with others."""
+    try:
+        before = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError, AttributeError):  # none yet, or damaged, of which others tell
+        return
+    if before is not None and before != plan.fingerprint():
+        raise UsageError(
+            f"the data in {plan.config.experiment.data} are not those that the run in {folder} "
+            "began with (other files, labels or order); give the same --data, or start a new run"
         )
 
 
