@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .errors import NonFiniteError, StaleAnchorError
 Inputs = Tensor | Mapping[str, Tensor]
 Params = dict[str, Tensor]
 ParamFilter = Callable[[str, nn.Parameter], bool]
+Result = TypeVar("Result")
 
 
 def logits(output: Any) -> Tensor:
@@ -46,9 +47,33 @@ def forward(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def forward_at(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-    """f (B, C) at other weights; the model's own stay where they are."""
+    """f (B, C) at other weights; the model's own stay where they are. Its gradients are taken
+    inside of ``at``."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     return logits(functional_call(model, dict(params), args, kwargs))
+
+
+def at(
+    model: nn.Module, params: Mapping[str, Tensor], work: Callable[[nn.Module], Result]
+) -> Result:
+    """``work(model)`` with other weights in the model, whose own stay where they are.
+
+    For work that takes gradients: activation checkpointing computes a part of the forward pass
+    again in the backward pass, and would then find the model's own weights after ``forward_at``.
+    """
+    state = {f"model.{name}": value for name, value in params.items()}
+    return functional_call(_Work(model, work), state, ())
+
+
+class _Work(nn.Module):
+    """A function of a model as a module, whose forward pass it is."""
+
+    def __init__(self, model: nn.Module, work: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.model, self.work = model, work
+
+    def forward(self) -> Any:
+        return self.work(self.model)
 
 
 def parameters(

@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .curvature import Curvature, Diagonal
 from .data import BATCH_SIZE, Data, Head, head_of, num_examples, require_repeatable
@@ -41,11 +40,11 @@ from .likelihoods import Likelihood
 from .models import (
     Inputs,
     Params,
+    at,
     concat,
     device_of,
     evaluating,
     forward,
-    logits,
     match,
     move,
     parameters,
@@ -300,18 +299,18 @@ def output_shift(model: nn.Module, inputs: Inputs, step: Params) -> Tensor:
     """
     params = {name: p.detach().requires_grad_() for name, p in match(model, step).items()}
     inputs = move(inputs, device_of(model))
-    with evaluating(model), differentiating(model):
-        if isinstance(inputs, Mapping):
-            f = logits(functional_call(model, params, (), dict(inputs)))
-        else:
-            f = logits(functional_call(model, params, (inputs,)))
+
+    def shift(other: nn.Module) -> Tensor:
+        f = forward(other, inputs)
         v = torch.zeros_like(f, requires_grad=True)
         pulled = torch.autograd.grad(
             f, list(params.values()), v, create_graph=True, materialize_grads=True
         )
         parts = [(g * step[name].to(g)).sum() for name, g in zip(params, pulled, strict=True)]
-        (shift,) = torch.autograd.grad(torch.stack(parts).sum(), v, materialize_grads=True)
-    return shift
+        return torch.autograd.grad(torch.stack(parts).sum(), v, materialize_grads=True)[0]
+
+    with evaluating(model), differentiating(model):
+        return at(model, params, shift)
 
 
 def group_change(

@@ -47,7 +47,7 @@ from .curvature import Curvature
 from .data import BATCH_SIZE, Data, Head, summed
 from .jacobians import checked, differentiating, gradient, weighted_batches
 from .likelihoods import Likelihood
-from .models import Params, evaluating, forward_at, parameters, snapshot
+from .models import Params, at, evaluating, forward, forward_at, parameters, snapshot
 from .terms import MemoryTerm, Regulariser
 
 STEPS = 100  # of the rehearsal
@@ -139,9 +139,13 @@ def rehearse(
     with differentiating(model):
         for _ in range(STEPS):
             drawn = memory.draw(size if size < len(items) else None, generator)
-            f = forward_at(model, moving, drawn.inputs)
+
+            def slope(other: nn.Module, drawn: Any = drawn) -> None:
+                f = forward(other, drawn.inputs)
+                (memory.value(f, drawn, likelihood) / stands_for).backward()
+
             adam.zero_grad()
-            (memory.value(f, drawn, likelihood) / stands_for).backward()
+            at(model, moving, slope)
             adam.step()
     return snapshot(moving)
 
