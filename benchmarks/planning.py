@@ -162,6 +162,18 @@ def run(config: Config, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: measured over foretold, of each preset; docs/scaling.md has it."""
+    lines = ["| preset | bytes | seconds of a step | of an update |", "|---|---|---|---|"]
+    for row in rows:
+        cells = []
+        for kind in ("bytes", "step", "update"):
+            foretold, took = row[kind]
+            cells.append(f"{took / foretold:.2f}" if foretold else "none foretold")
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)

@@ -23,3 +23,11 @@ def test_the_smoke_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert written["rows"] == rows
     assert replace(config, methods=()) == replace(planning.Config(), methods=(), tasks=1, memory=8,
                                                   examples=16, batch=4, rounds=1)  # fmt: skip
+
+
+def test_the_page_has_the_record() -> None:
+    root = Path(__file__).parent.parent
+    record = root / "benchmarks" / "results" / "2026-11-25_planning" / "result.json"
+    rows = json.loads(record.read_text())["rows"]
+    assert {row["method"] for row in rows} == set(planning.Config().methods)
+    assert planning.table(rows) in (root / "docs" / "scaling.md").read_text()

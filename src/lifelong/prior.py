@@ -74,6 +74,7 @@ from .recall import Pass, Terms
 from .recipe import Recipe
 from .removal import OnIndefinite
 from .scores import identify
+from .sharded import is_sharded
 from .terms import (
     KernelTerm,
     MemoryTerm,
@@ -193,6 +194,7 @@ class Prior:
                 f"num_data must be the number of examples of the task at hand, got {num_data}"
             )
         wrapper, model = model, unwrapped(model)  # new data go through it: it adds up gradients
+        past = self.weight_space(model)  # first: FSDP2's root keeps whole weights after a forward
         drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
         remembered = [sample.inputs for _, sample in drawn]
         if augment is not None:
@@ -213,7 +215,6 @@ class Prior:
         if labels.device.type == "cpu":  # elsewhere the check would wait for the device
             self.likelihood.validate(f_new.detach(), labels, mask)
         nll = self.likelihood.nll(self.likelihood.mask(f_new, mask), labels).mean()
-        past = self.weight_space(model)
         if drawn:
             asked = self._asked(model, drawn, remembered) if augment is not None else None
             past = past + self._function_space(f_old, drawn, asked)  # type: ignore[possibly-undefined]
@@ -984,6 +985,44 @@ class Prior:
         held = sum(len(t.memory) for t in self.terms if isinstance(t, _IN_MEMORY))
         return self.num_data > 0 and held == self.num_data
 
+    # ---------------------------------------------------------------- weights over ranks
+
+    def sharded_like(self, model: nn.Module) -> Prior:
+        """The same prior with anchor, g and a diagonal G sharded as the model's parameters are
+        (FSDP2's ``fully_shard``): each rank keeps and computes its own part. Nothing is sent.
+
+        For the steps of training: ``update`` needs the ``whole`` prior and a network with whole
+        weights (``lifelong.sharded.load_whole``). Raises ValueError for a curvature of whole layers
+        and a model that is not sharded, StaleAnchorError where it is another one.
+        """
+        model = unwrapped(model)
+        params = dict(model.named_parameters())
+        if not all(is_sharded(p) for p in params.values()):
+            raise ValueError(
+                "expected a model whose parameters are all sharded, by fully_shard(model); got "
+                f"plain ones: {[n for n, p in params.items() if not is_sharded(p)][:5]}"
+            )
+        for term in self.terms:
+            if isinstance(term, WeightTerm):
+                match(model, term.anchor)
+        return replace(
+            self,
+            terms=tuple(
+                t.sharded_like(params) if isinstance(t, WeightTerm | Regulariser) else t
+                for t in self.whole().terms
+            ),
+        )
+
+    def whole(self) -> Prior:
+        """The prior with whole anchors and curvatures on every rank, which all must call; itself
+        where nothing is sharded."""
+        return replace(
+            self,
+            terms=tuple(
+                t.whole() if isinstance(t, WeightTerm | Regulariser) else t for t in self.terms
+            ),
+        )
+
     # ---------------------------------------------------------------- memory over ranks
 
     def spread(self, ranks: Ranks) -> Prior:
@@ -1091,8 +1130,15 @@ class Prior:
     def save(self, path: str | Path) -> Path:
         """Write the prior to one safetensors file, atomically; ``Prior.load`` reads it.
 
-        Raises OSError where the folder cannot be written; an old file is then left as it was.
+        Raises OSError where the folder cannot be written, ValueError for a prior of which this rank
+        has a part; an old file is then left as it was.
         """
+        weights = (t for t in self.terms if isinstance(t, WeightTerm))
+        if any(is_sharded(x) for t in weights for x in t.anchor.values()):
+            raise ValueError(
+                "this rank has a part of the prior's weights; call prior.whole() on every rank, "
+                "and save that on one"
+            )
         return checkpoint.save(path, self.state_dict(), kind="prior")
 
     @classmethod

@@ -34,6 +34,7 @@ from .likelihoods import Likelihood
 from .memory import Memory, Sample
 from .models import Inputs, Params, evaluating, match, move, nbytes, parameters, take
 from .named import named, unnamed
+from .sharded import is_sharded, like, local, over_ranks, require_alike, whole
 
 
 class Term(Protocol):
@@ -84,8 +85,23 @@ class Regulariser:
         params = parameters(model) if self.mean is None else match(model, self.mean)
         if self.precision == 0:
             return _zero(params)
-        mean = self.mean or {}
+        mean = {n: local(m) for n, m in (self.mean or {}).items()}
         return quadratic({n: Part(mean.get(n), None, self.precision) for n in params}, params)
+
+    def sharded_like(self, params: Mapping[str, Tensor]) -> Regulariser:
+        """With the mean sharded as the parameters of these names are."""
+        mean = self.mean
+        return (
+            self
+            if mean is None
+            else replace(self, mean={n: like(m, params[n]) for n, m in mean.items()})
+        )
+
+    def whole(self) -> Regulariser:
+        """With all of the mean on every rank."""
+        if self.mean is None:
+            return self
+        return replace(self, mean={n: whole(m) for n, m in self.mean.items()})
 
     def gradient(self, params: Mapping[str, Tensor]) -> Params:
         """nabla R: precision (theta - mean)."""
@@ -184,14 +200,38 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quadratic(
-    parts: Mapping[str, Part], params: Mapping[str, Tensor], curvature: Curvature | None = None
+    parts: Mapping[str, Part],
+    params: Mapping[str, Tensor],
+    curvature: Curvature | None = None,
+    constant: float = 0.0,
 ) -> Tensor:
-    """The sum of ``parts`` at the parameters of the same names, and ½ <d, G d> of a curvature of
-    all of them, in nats; differentiable twice."""
+    """The sum of ``parts`` at the parameters of the same names, ½ <d, G d> of a curvature of all of
+    them, and a constant, in nats; differentiable twice.
+
+    Of sharded parameters the parts are of this rank's shards, and the sum is over all ranks.
+    Raises ValueError for parameters of which some are sharded, or in different ways, for a
+    curvature that cannot be, and for parts of another sharding.
+    """
     if not params:
         return _zero(params)
     chosen = {n: parts[n] for n in params}
-    return _Quadratic.apply(chosen, curvature, *params.values())  # type: ignore[return-value]
+    mine: Mapping[str, Tensor] = params
+    if any(is_sharded(p) for p in params.values()):
+        require_alike(params)
+        if curvature is not None:
+            raise ValueError(
+                "a curvature of whole layers cannot be used with sharded parameters; expected "
+                'structure="diagonal"'
+            )
+        mine = {n: local(p) for n, p in params.items()}
+    for name, part in chosen.items():
+        if part.anchor is not None and part.anchor.shape != mine[name].shape:
+            raise ValueError(
+                f"prior and model are not sharded alike ({name}: {tuple(part.anchor.shape)} and "
+                f"{tuple(mine[name].shape)}); call prior.sharded_like(model), or prior.whole()"
+            )
+    value = _Quadratic.apply(chosen, curvature, *mine.values())
+    return over_ranks(value + constant if constant else value, params.values())  # type: ignore[operator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,17 +251,51 @@ class WeightTerm:
     def __call__(self, model: nn.Module) -> Tensor:
         return self.value(match(model, self.anchor), self.parts)
 
-    def value(self, params: Params, parts: Mapping[str, Part]) -> Tensor:
+    def value(self, params: Params, parts: Mapping[str, Part], constant: float = 0.0) -> Tensor:
         """``parts``, and the curvature that is not diagonal, at these parameters."""
         diagonal = isinstance(self.curvature, Diagonal)  # which is in the parts
-        return quadratic(parts, params, None if diagonal else self.curvature)
+        return quadratic(parts, params, None if diagonal else self.curvature, constant)
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        """The quadratic by parameter; a curvature that is not diagonal is not in it."""
+        """The quadratic by parameter, of this rank's shards where they are sharded; a curvature
+        that is not diagonal is not in it."""
         g = self.gradient or {}
         values = self.curvature.values if isinstance(self.curvature, Diagonal) else {}
-        return {n: Part(a, g.get(n), values.get(n)) for n, a in self.anchor.items()}
+
+        def own(x: Tensor | None) -> Tensor | None:
+            return None if x is None else local(x)
+
+        return {
+            n: Part(local(a), own(g.get(n)), own(values.get(n))) for n, a in self.anchor.items()
+        }
+
+    def sharded_like(self, params: Mapping[str, Tensor]) -> WeightTerm:
+        """Anchor, g and a diagonal G sharded as the parameters of these names are.
+
+        Raises ValueError for another G.
+        """
+        if not isinstance(self.curvature, Diagonal | None):
+            raise ValueError(
+                f"a {type(self.curvature).__name__} curvature cannot be sharded; expected "
+                'structure="diagonal"'
+            )
+        return self._each(lambda name, x: like(x, params[name]))
+
+    def whole(self) -> WeightTerm:
+        """With all of anchor, g and G on every rank."""
+        return self._each(lambda _, x: whole(x))
+
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> WeightTerm:
+        def of(values: Params | None) -> Params | None:
+            return None if values is None else {n: change(n, x) for n, x in values.items()}
+
+        curvature = self.curvature
+        if isinstance(curvature, Diagonal):
+            curvature = Diagonal(of(curvature.values))  # type: ignore[arg-type]
+        return replace(
+            self, anchor=of(self.anchor), gradient=of(self.gradient), curvature=curvature
+        )
 
     def rounded(self, dtype: torch.dtype) -> WeightTerm:
         """With the Kronecker factors of G in ``dtype``, for training; itself where G has none."""
@@ -276,12 +350,12 @@ class Completed:
             params[n].shape != anchor[n].shape for n in anchor
         ):
             return self.regulariser(model) + self.weight(model)
-        return self.weight.value({n: params[n] for n in anchor}, self.parts) + self.constant
+        return self.weight.value({n: params[n] for n in anchor}, self.parts, self.constant)
 
     @cached_property
     def parts(self) -> dict[str, Part]:
-        slope, delta = self.regulariser.gradient(self.weight.anchor), self.regulariser.precision
-        parts = {}
+        parts, delta = {}, self.regulariser.precision
+        slope = {n: local(x) for n, x in self.regulariser.gradient(self.weight.anchor).items()}
         for n, part in self.weight.parts.items():
             g = slope[n] if part.gradient is None else part.gradient + slope[n]
             curvature = delta if part.curvature is None else part.curvature + delta
@@ -290,8 +364,8 @@ class Completed:
 
     @cached_property
     def constant(self) -> float:
-        """R(a)."""
-        gaps = (self.regulariser._gap(n, a).double() for n, a in self.weight.anchor.items())
+        """R(a), of this rank's shards."""
+        gaps = (local(self.regulariser._gap(n, a)).double() for n, a in self.weight.anchor.items())
         return 0.5 * self.regulariser.precision * sum(float(gap.square().sum()) for gap in gaps)
 
 
