@@ -336,18 +336,16 @@ def evicted_curvature(
     beliefs: tuple[float, ...],
     strengths: tuple[float, ...],
 ) -> Curvature | None:
-    """sum_i belief · strength · J*ᵀ H J* of items that leave the memory, each of its own task, at
-    the present weights; None where the recipe has no curvature."""
+    """sum_i belief_i strength_i J*ᵀ H J* of items that leave the memory, each by its own task's
+    belief and strength, at the present weights; None where the recipe has no curvature."""
     total: Curvature | None = None
     if recipe.structure is None:
         return total
-    for task in items.task.unique().tolist():
-        strength, belief = of_task(strengths, task), of_task(beliefs, task)
-        as_then = replace(recipe, strength=strength)
-        for group, head in by_head(items.drop(items.task != task)):
-            of_group = replace(over, data=(group.inputs, group.labels), head=head)
-            new = fit_curvature(as_then, of_group) * belief
-            total = new if total is None else total + new
+    for group, head in by_head(items):  # not by task: a G for each would be held at once
+        of_group = replace(over, data=(group.inputs, group.labels), head=head)
+        weights = each_of(strengths, group).double() * each_of(beliefs, group).double()
+        new = fit_curvature(replace(recipe, strength=1.0), of_group, weights=weights)
+        total = new if total is None else total + new
     return total
 
 

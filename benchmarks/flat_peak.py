@@ -1,0 +1,120 @@
+"""The peak of memory as a data set and the number of tasks grow: flat, where memory has a budget.
+
+    python -m benchmarks.flat_peak --out DIR [--only examples tasks]
+
+examples   one task of 5,000 to 50,000 examples that are made a batch at a time, as a file or a
+           stream would give them: steps of training, then the update of the recommended prior
+           (scoring, choosing, curvature, strength)
+tasks      1 to 50 tasks of 1,000 examples, one memory of 500 examples for all of them
+
+Each point is a process of its own, whose peak (VmHWM) is read at its end, with the interpreter and
+torch in it. The bar: within 5 % of the smallest point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lifelong import Categorical, recommended
+from lifelong.runs import log, versions
+
+from .cases import CASES, Lazy
+
+BAR = 0.05
+CASE = CASES["MLP 784-256-256-10"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings; the smoke setting of a test is another one of these."""
+
+    examples: tuple[int, ...] = (5_000, 10_000, 25_000, 50_000)
+    tasks: tuple[int, ...] = (1, 2, 5, 20, 50)
+    task_size: int = 1_000
+    memory: int = 500
+    batch: int = 128
+
+
+def learn(tasks: int, size: int, config: Config) -> None:
+    """Train and update, task after task, never holding more than a batch of new examples."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, g = CASE.build(), torch.Generator().manual_seed(0)
+    prior = recommended(Categorical(), memory=config.memory, total=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(tasks):
+        data = Lazy(CASE.shape, size, batch_size=config.batch)
+        prior = prior.prepare(model, data)
+        for x, y in data:
+            optimizer.zero_grad()
+            prior.loss(model, x, y, num_data=size, batch_size=config.batch, generator=g).backward()
+            optimizer.step()
+        prior = prior.update(model, data, generator=g)
+
+
+def peak() -> int:
+    """VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("the system does not tell a process's peak of memory (VmHWM)")
+
+
+def in_a_process(tasks: int, size: int, config: Config) -> int:
+    """The peak of a process that learns so."""
+    words = [sys.executable, "-m", "benchmarks.flat_peak", "--point", str(tasks), str(size)]
+    words += ["--config", json.dumps(asdict(config))]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+
+def run(config: Config, out: Path, only: Sequence[str] = ("examples", "tasks")) -> dict:
+    """Measure, and write the record."""
+    points = {
+        "examples": [(1, size) for size in config.examples],
+        "tasks": [(tasks, config.task_size) for tasks in config.tasks],
+    }
+    found: dict[str, dict] = {}
+    for name in only:
+        peaks = []
+        for tasks, size in points[name]:
+            peaks.append(in_a_process(tasks, size, config))
+            log(out, f"{tasks} tasks of {size} examples: {peaks[-1] / 2**20:.1f} MiB")
+            print(f"{tasks} tasks of {size} examples: {peaks[-1] / 2**20:.1f} MiB", flush=True)
+        growth = max(peaks) / min(peaks) - 1
+        found[name] = {"points": points[name], "peaks": peaks, "growth": growth}
+    for name, value in (
+        ("result.json", {"bar": BAR, **found}),
+        ("config.json", asdict(config)),
+        ("versions.json", versions()),
+    ):
+        (out / name).write_text(json.dumps(value, indent=1) + "\n")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", default=["examples", "tasks"])
+    parser.add_argument("--point", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=json.loads, default={}, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.point is not None:
+        learn(*given.point, Config(**given.config))
+        print(peak())
+        return 0
+    if given.out is None:
+        parser.error("--out DIR: where the record goes")
+    run(Config(), given.out, given.only)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
