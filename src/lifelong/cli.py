@@ -1,4 +1,4 @@
-"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt``, ``plan``, ``memory``.
+"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt``, ``plan``, ``memory``, ``ui``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more
 (``| head``). Only this module and ``commands.bench`` read the environment
@@ -24,6 +24,7 @@ from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
 from .commands.plan import forecast
+from .commands.ui import ui
 from .config import (
     DemoFlags,
     Experiment,
@@ -47,6 +48,7 @@ commands:
   adapt        change a saved run: add or remove examples, regularise, another network
   plan         estimate memory, time and price of a long run before it starts
   memory       look into a memory on disk; drop, restore and forget examples
+  ui           the same and more in a browser: pictures, learning curves, changes
   certificate  check a certificate of unlearning, or make a key to sign with
 
 options:
@@ -122,6 +124,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "adapt": _adapt,
         "memory": memory,
         "plan": forecast,
+        "ui": ui,
         "certificate": certificate,
     }
     name, *rest = args

@@ -510,48 +510,18 @@ def _export(flags: Export) -> int:
 
 
 def _import(flags: Import) -> int:
-    from .. import checkpoint
-    from ..errors import CheckpointError
-    from ..prior import Prior
+    from ..run_memory import import_prior, learner_file
 
-    path = _learner_file(flags.run, flags.seed)
+    path = learner_file(flags.run, flags.seed)
     _require_no_other(flags.store)
-    state = checkpoint.load(path, kind="learner")
-    try:
-        prior = Prior.from_state_dict(state["prior"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds a prior that cannot be read ({error!r})") from error
-    size = 0 if prior.memory is None else len(prior.memory)
-    with _opened(flags.store, "a") as store:
-        message = flags.message or f"imported from {flags.run}"
-        version = store.save_prior(prior, message=message, readmit=flags.readmit)
+    message = flags.message or f"imported from {flags.run}"
+    version, size = import_prior(path, flags.store, message=message, readmit=flags.readmit)
     if flags.json:
         return _json({"version": version, "items": size, "from": str(path)})
     if not size:
         _say("this method keeps no examples: the store holds the prior alone")
     sys.stdout.write(f"{_items(size)} from {path} in version {version} of {flags.store}\n")
     return 0
-
-
-def _learner_file(run: Path, seed: int | None) -> Path:
-    """Raises UsageError, saying which files there are."""
-    from ..learner import CHECKPOINT
-
-    if run.is_file():
-        return run
-    if not run.is_dir():
-        raise UsageError(f"there is no run in {run}; lifelong run --out {run} makes one")
-    if seed is not None and (run / f"seed-{seed}" / CHECKPOINT).is_file():
-        return run / f"seed-{seed}" / CHECKPOINT
-    found = sorted(run.glob(f"seed-*/{CHECKPOINT}")) or sorted(run.glob(CHECKPOINT))
-    if not found:
-        raise UsageError(f"there is no {CHECKPOINT} in {run}, as lifelong run leaves it")
-    seeds = ", ".join(path.parent.name.removeprefix("seed-") for path in found)
-    if seed is not None:
-        raise UsageError(f"{run} has no seed {seed}; it has {seeds}")
-    if len(found) > 1:
-        raise UsageError(f"{run} has seeds {seeds}: say which with --seed")
-    return found[0]
 
 
 def _drop(flags: Drop) -> int:

@@ -1,0 +1,633 @@
+"""The page: addresses, and what each shows. Everything is made here as HTML; the little script only
+saves clicks and keeps what goes on up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from threading import RLock
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import FastAPI, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ..errors import StoreError
+from ..report.table import bytes_text, seconds_text
+from ..store import Item, MemoryStore
+from . import index, learning, thumbnails
+from .jobs import ChangedMeanwhileError, Job, Jobs, by_task
+from .safety import Gate
+from .workspace import Step, Workspace, refresh
+
+PAGE_SIZE = 60
+MOST_CHOSEN = 5_000  # items in one request
+THUMBNAILS = 4_000  # kept in memory, a few kilobytes each
+Chosen = Annotated[list[int], Form(max_length=MOST_CHOSEN)]
+Seen = Annotated[int, Form(ge=0)]  # the version of the store that the asker has seen
+Number = Annotated[int, Query(ge=0, le=2**53)]
+
+
+class ItemOut(BaseModel):
+    """An item of the memory, as the interface for programs gives it."""
+
+    item: int
+    id: str
+    task: int
+    origin: int
+    label: int | float | list[int | float] | None
+    scores: dict[str, float]
+    kind: str
+    shape: list[int]
+    note: str
+
+
+class PageOut(BaseModel):
+    """A part of the gallery. total: items that fit the filter."""
+
+    version: int
+    total: int
+    items: list[ItemOut]
+
+
+class JobOut(BaseModel):
+    """How far a change is."""
+
+    number: int
+    kind: str
+    state: str
+    done: int
+    parts: int
+    said: list[str]
+    result: dict[str, Any] | None = None
+
+
+class DropIn(BaseModel):
+    """Items to take out of today's memory. version: of the store, as it was seen."""
+
+    items: list[Annotated[int, Field(ge=1, le=2**53)]] = Field(min_length=1, max_length=MOST_CHOSEN)
+    version: Annotated[int, Field(ge=0, le=2**53)]
+
+
+class VersionOut(BaseModel):
+    """The store's version after a change."""
+
+    version: int
+
+
+class App:
+    """One workspace being looked at. Requests share the index and the thumbnails."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.lock = RLock()
+        self._index: index.Index | None = None
+        self._pictures: OrderedDict[tuple[int, str], bytes | str] = OrderedDict()
+        self.jobs = Jobs(workspace, self.forget_pictures)
+
+    def forget_pictures(self) -> None:
+        """A change may have erased what is kept here for speed."""
+        with self.lock:
+            self._pictures.clear()
+            self._index = None
+
+    def index(self, store: MemoryStore) -> index.Index:
+        """Of today's version, built once for each."""
+        with self.lock:
+            if self._index is None or self._index.version != store.version:
+                self._pictures.clear()
+                self._index = index.build(store)
+            return self._index
+
+    def picture(self, store: MemoryStore, item: Item, size: str) -> bytes | str:
+        """PNG, or why there is none."""
+        key = (item.item, size)
+        with self.lock:
+            if key in self._pictures:
+                self._pictures.move_to_end(key)
+                return self._pictures[key]
+        try:
+            made: bytes | str = thumbnails.picture(
+                store.raw(item.item), item, thumbnails.SIZES[size]
+            )
+        except thumbnails.NoPictureError as error:
+            made = str(error)
+        with self.lock:
+            self._pictures[key] = made
+            while len(self._pictures) > THUMBNAILS:
+                self._pictures.popitem(last=False)
+        return made
+
+
+def make(workspace: Workspace, *, token: str, hosts: frozenset[str]) -> Gate:
+    """The ASGI application. hosts: "name:port" that it answers to; token: what lets one in."""
+    app = App(workspace)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.jobs.close()
+
+    api = FastAPI(
+        title="lifelong ui",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        lifespan=life,
+    )
+    _pages(api, app)
+    _changes(api, app)
+    _programs(api, app)
+    _errors(api, app)
+    return Gate(api, token=token, hosts=hosts)
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(24)
+
+
+# ------------------------------------------------------------------------------- templates
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("lifelong.app"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_label(v) for v in value[:4]) + (", …" if len(value) > 4 else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_ENVIRONMENT.filters |= {
+    "percent": _percent,
+    "label": _label,
+    "bytes": lambda n: "" if n is None else bytes_text(n),
+    "seconds": lambda s: "" if s is None else seconds_text(s),
+    "query": lambda values: urlencode({k: v for k, v in values.items() if v not in (None, "")}),
+}
+
+
+def _page(app: App, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+    template = _ENVIRONMENT.get_template(name)
+    shared = {
+        "workspace": app.workspace,
+        "busy": next((job for job in app.jobs.newest_first() if not job.over), None),
+        "page": name.removesuffix(".html"),
+        "assets": _assets(),
+    }
+    return HTMLResponse(template.render(**shared, **values), status)
+
+
+def _assets() -> dict[str, str]:
+    """Name -> digest, so that a new version of a file has another address."""
+    return {name: hashlib.sha256(data).hexdigest()[:12] for name, data in _static().items()}
+
+
+def _static() -> dict[str, bytes]:
+    folder = files("lifelong.app").joinpath("static")
+    return {name: folder.joinpath(name).read_bytes() for name in ("app.css", "app.js")}
+
+
+# ------------------------------------------------------------------------------- looking
+
+
+def _opened(app: App) -> MemoryStore:
+    if not app.workspace.has_store:
+        refresh(app.workspace)
+    if not app.workspace.has_store:
+        raise HTTPException(
+            404, "There is no memory yet: the run has not finished its first task, or its method "
+            "keeps none.")  # fmt: skip
+    return app.workspace.open()
+
+
+def _one(store: MemoryStore, number: int) -> Item:
+    found = store.items(after=number - 1, limit=1)
+    if not found or found[0].item != number:
+        raise HTTPException(404, f"There is no item {number} in today's memory.")
+    return found[0]
+
+
+def _many(store: MemoryStore, numbers: list[int]) -> list[Item]:
+    return [_one(store, number) for number in dict.fromkeys(numbers)]
+
+
+def _arranged(
+    app: App,
+    store: MemoryStore,
+    sort: str,
+    ascending: bool,
+    task: int | None,
+    label: float | None,
+    text: str,
+) -> tuple[index.Index, Any]:
+    known = app.index(store)
+    among = index.named(store, text) if text else None
+    try:
+        places = known.arranged(sort, ascending=ascending, task=task, label=label, among=among)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+    return known, places
+
+
+def _number(text: str, kind: Callable[[str], Any] = float) -> Any:
+    """Of a filter in a form, where none is ""."""
+    if not text.strip():
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        raise HTTPException(422, f"{text!r} is no number.") from None
+    if not abs(value) < 2**53:
+        raise HTTPException(422, f"{text!r} is too large.")
+    return value
+
+
+def _pages(api: FastAPI, app: App) -> None:
+    get = partial(api.get, include_in_schema=False)
+
+    @get("/")
+    def start() -> Response:
+        return RedirectResponse("/memory", 303)
+
+    @get("/static/{name}")
+    def static(name: str) -> Response:
+        held = _static()
+        if name not in held:
+            raise HTTPException(404, "There is no such file.")
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        return Response(
+            held[name], media_type=kind, headers={"Cache-Control": "private, max-age=86400"}
+        )
+
+    @get("/memory")
+    def memory(
+        sort: str = "newest",
+        ascending: bool = False,
+        task: str = "",
+        label: str = "",
+        text: Annotated[str, Query(max_length=200)] = "",
+        page: Annotated[int, Query(ge=1, le=10**9)] = 1,
+    ) -> Response:
+        wanted = _number(task, int), _number(label)
+        with _opened(app) as store:
+            known, places = _arranged(app, store, sort, ascending, *wanted, text)
+            pages = max(1, -(-len(places) // PAGE_SIZE))
+            page = min(page, pages)
+            shown = places[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
+            items = [(_one(store, int(known.number[p])), p) for p in shown]
+            cards = [_card(app, store, known, item, p, sort) for item, p in items]
+            asked = {"sort": sort, "ascending": "true" if ascending else "", "task": task,
+                     "label": label, "text": text}  # fmt: skip
+            return _page(
+                app, "memory.html", cards=cards, known=known, asked=asked, number=page,
+                pages=pages, total=len(places), version=store.version,
+            )  # fmt: skip
+
+    @get("/items/{number}")
+    def item(number: int) -> Response:
+        with _opened(app) as store:
+            one = _one(store, number)
+            known = app.index(store)
+            place = int((known.number == number).argmax())
+            scores = {n: float(v[place]) for n, v in known.scores.items() if v[place] == v[place]}
+            past = []
+            for version in store.history()[-12:]:
+                if version.number >= one.since and version.size:
+                    try:
+                        past.append((version, index.soft_label(store, one, version.number)))
+                    except (StoreError, ValueError, IndexError):
+                        continue
+            shown = app.picture(store, one, "large")
+            return _page(
+                app, "item.html", item=one, scores=scores, past=past, version=store.version,
+                picture=isinstance(shown, bytes), why=shown if isinstance(shown, str) else "",
+                words=thumbnails.words(store.raw(number), one),
+            )  # fmt: skip
+
+    @get("/items/{number}/picture")
+    def picture(number: int, size: str = "small") -> Response:
+        if size not in thumbnails.SIZES:
+            raise HTTPException(422, f"size is one of {', '.join(thumbnails.SIZES)}.")
+        with _opened(app) as store:
+            made = app.picture(store, _one(store, number), size)
+        if isinstance(made, str):
+            raise HTTPException(404, f"It cannot be shown: {made}.")
+        return Response(made, media_type="image/png")
+
+    @get("/learning")
+    def learned() -> Response:
+        return _page(app, "learning.html", **_learning(app))
+
+    @get("/learning/now")
+    def now() -> Response:
+        return _page(app, "now.html", **_learning(app))
+
+    @get("/compare")
+    def compare() -> Response:
+        named = app.workspace.called
+        runs = [learning.learning(run, named(run)) for run in _comparable(app.workspace)]
+        runs = [run for run in runs if run.seeds or run.reached or run.changed][:12]
+        rows = [(run, learning.numbers(run)) for run in runs]
+        return _page(
+            app, "compare.html", rows=rows, chart=learning.curves(runs),
+            legend=learning.legend(runs),
+        )  # fmt: skip
+
+    @get("/changes")
+    def changes() -> Response:
+        with _opened(app) as store:
+            history = store.history()[::-1]
+            return _page(
+                app, "changes.html", history=history[:50], version=store.version,
+                jobs=app.jobs.newest_first(), since=app.workspace.since,
+            )  # fmt: skip
+
+    @get("/forget")
+    def ask(items: Annotated[list[int], Query(max_length=MOST_CHOSEN)]) -> Response:
+        with _opened(app) as store:
+            chosen = _many(store, items)
+            return _page(app, "forget.html", items=chosen, version=store.version)
+
+    @get("/jobs/{number}")
+    def job(number: int) -> Response:
+        return _page(app, "job.html", job=_job(app, number))
+
+    @get("/jobs/{number}/now")
+    def job_now(number: int) -> Response:
+        return _page(app, "job_now.html", job=_job(app, number))
+
+    @get("/jobs/{number}/certificate/{part}")
+    def certificate(number: int, part: int, as_json: bool = False) -> Response:
+        found = (_job(app, number).result or {}).get("changes", [])
+        if not 0 <= part < len(found) or "certificate" not in found[part]:
+            raise HTTPException(404, "That change has no certificate.")
+        path = Path(found[part]["certificate"])
+        path = path.with_suffix(".json") if as_json else path
+        return FileResponse(path, filename=f"certificate-{number}-{part + 1}{path.suffix}")
+
+
+def _card(
+    app: App, store: MemoryStore, known: index.Index, item: Item, place: Any, sort: str
+) -> dict[str, Any]:
+    value = known.scores[sort][place] if sort in known.scores else None
+    text = "" if item.kind in ("image",) else thumbnails.words(store.raw(item.item), item, 160)
+    shown = item.kind in ("image", "tensor") and isinstance(
+        app.picture(store, item, "small"), bytes
+    )
+    return {
+        "item": item,
+        "picture": shown,
+        "words": text,
+        "score": None if value is None or value != value else f"{value:.3g}",
+    }
+
+
+def _learning(app: App) -> dict[str, Any]:
+    run = app.workspace.run
+    if run is None:
+        raise HTTPException(404, "A store alone has no network that learned; open a run's folder.")
+    found = learning.learning(run, app.workspace.called(run))
+    return {
+        "run": found,
+        "matrix": learning.matrix(found),
+        "curves": learning.curves([found]),
+        "numbers": learning.numbers(found),
+    }
+
+
+def _comparable(workspace: Workspace) -> list[Path]:
+    """The run, those adapted from it, and those in folders beside it, by name."""
+    if workspace.run is None:
+        return []
+    beside = sorted(p.parent for p in workspace.run.parent.glob("*/config.json"))
+    return list(dict.fromkeys([*workspace.runs(), *beside]))
+
+
+def _job(app: App, number: int) -> Job:
+    try:
+        return app.jobs.get(number)
+    except KeyError:
+        raise HTTPException(404, f"There is no change {number}.") from None
+
+
+# ------------------------------------------------------------------------------- changing
+
+
+def _changes(api: FastAPI, app: App) -> None:
+    post = partial(api.post, include_in_schema=False)
+
+    @post("/changes/drop")
+    def drop(items: Chosen, version: Seen) -> Response:
+        _drop(app, items, version)
+        return RedirectResponse("/changes", 303)
+
+    @post("/changes/restore")
+    def restore(to: Annotated[int, Form(ge=1)], version: Seen) -> Response:
+        _require_idle(app)
+        if to < app.workspace.since:
+            raise HTTPException(
+                409,
+                f"The network of version {to} had learned what has been forgotten since; versions "
+                f"from {app.workspace.since} on can be had back.",
+            )
+        steps = [s for s in app.workspace.steps if s.version <= to]
+        run = steps[-1].run if steps else None
+        with _seen(app, version) as store:
+            after = store.restore(to, message=f"as version {to}")
+        if app.workspace.steps:
+            first = app.workspace.run
+            run = run if run is not None else None if first is None else str(first)
+            app.workspace.record(Step(f"as version {to}", after, run))
+        app.forget_pictures()
+        return RedirectResponse("/changes", 303)
+
+    @post("/changes/forget")
+    def forget(
+        items: Chosen,
+        version: Seen,
+        sure: Annotated[str, Form(max_length=20)] = "",
+        note: Annotated[str, Form(max_length=2_000)] = "",
+    ) -> Response:
+        if sure.strip().lower() != "forget":
+            raise HTTPException(
+                422, "Nothing was forgotten: type the word forget to say that you are sure."
+            )
+        with _opened(app) as store:
+            chosen = _many(store, items)
+        given = {"items": [i.item for i in chosen], "tasks": by_task(chosen), "note": note}
+        return _asked(app, "forget", given, version)
+
+    @post("/changes/regularise")
+    def regularise(precision: Annotated[float, Form(ge=0, le=1e12)], version: Seen) -> Response:
+        _require_run(app)
+        return _asked(app, "regularise", {"precision": precision}, version)
+
+    @post("/changes/add")
+    def add(file: UploadFile, version: Seen) -> Response:
+        _require_run(app)
+        suffix = Path(file.filename or "").suffix.lower()
+        if suffix not in (".npz", ".parquet"):
+            raise HTTPException(422, "Expected a .npz or .parquet file with inputs and labels.")
+        app.workspace.place.mkdir(parents=True, exist_ok=True)
+        path = app.workspace.place / f"upload-{secrets.token_hex(8)}{suffix}"
+        with path.open("wb") as out:
+            shutil.copyfileobj(file.file, out)
+        try:
+            return _asked(app, "add", {"file": str(path)}, version)
+        except HTTPException:
+            path.unlink()
+            raise
+
+
+def _drop(app: App, items: list[int], version: int) -> int:
+    _require_idle(app)
+    with _seen(app, version) as store:
+        _many(store, items)
+        after = store.drop(items, message="in the page")
+    app.forget_pictures()
+    return after
+
+
+def _asked(app: App, kind: str, given: dict[str, Any], version: int) -> Response:
+    try:
+        job = app.jobs.ask(kind, given, version)
+    except ChangedMeanwhileError as error:
+        raise HTTPException(409, str(error)) from error
+    return RedirectResponse(f"/jobs/{job.number}", 303)
+
+
+def _seen(app: App, version: int) -> MemoryStore:
+    """The store to write to, where it still is as it was seen."""
+    if not app.workspace.has_store:
+        raise HTTPException(404, "There is no memory yet.")
+    store = app.workspace.open("a")
+    if store.version != version:
+        now = store.version
+        store.close()
+        raise HTTPException(
+            409,
+            f"The memory was changed since this page was loaded (version {version}, now {now}). "
+            "Nothing was done: look again, then ask again.",
+        )
+    return store
+
+
+def _require_idle(app: App) -> None:
+    if any(not job.over for job in app.jobs.newest_first()):
+        raise HTTPException(409, "Another change is being made; wait until it is done.")
+
+
+def _require_run(app: App) -> None:
+    if app.workspace.run is None:
+        raise HTTPException(422, "A store alone has no network; open a run's folder for this.")
+
+
+# ------------------------------------------------------------------------------- for programs
+
+
+def _programs(api: FastAPI, app: App) -> None:
+    def told(item: Item, known: index.Index) -> ItemOut:
+        place = int((known.number == item.item).argmax())
+        scores = {n: float(v[place]) for n, v in known.scores.items() if v[place] == v[place]}
+        return ItemOut(
+            item=item.item, id=item.id, task=item.task, origin=item.origin, label=item.label,
+            scores=scores, kind=item.kind, shape=list(item.shape), note=item.note,
+        )  # fmt: skip
+
+    refusals: Mapping[int | str, dict[str, Any]] = {
+        403: {"description": "Without the token, or from another page"},
+        404: {"description": "There is no such thing"},
+        409: {"description": "The memory was changed meanwhile"},
+        422: {"description": "Values that are none"},
+    }
+    get = partial(api.get, responses=dict(refusals))
+    post = partial(api.post, responses=dict(refusals))
+
+    @get("/api/memory")
+    def memory(
+        sort: str = "newest",
+        ascending: bool = False,
+        task: Annotated[int | None, Query(ge=-(2**53), le=2**53)] = None,
+        label: Annotated[float | None, Query(ge=-(2**53), le=2**53)] = None,
+        text: Annotated[str, Query(max_length=200)] = "",
+        skip: Number = 0,
+        limit: Annotated[int, Query(ge=1, le=1_000)] = PAGE_SIZE,
+    ) -> PageOut:
+        """Items of today's memory, sorted and filtered as in the gallery."""
+        with _opened(app) as store:
+            known, places = _arranged(app, store, sort, ascending, task, label, text)
+            shown = places[skip : skip + limit]
+            items = [told(_one(store, int(known.number[p])), known) for p in shown]
+            return PageOut(version=store.version, total=len(places), items=items)
+
+    @get("/api/items/{number}")
+    def item(number: Annotated[int, Field(ge=1, le=2**53)]) -> ItemOut:
+        """One item of today's memory."""
+        with _opened(app) as store:
+            return told(_one(store, number), app.index(store))
+
+    @get("/api/jobs/{number}")
+    def job(number: Annotated[int, Field(ge=1, le=2**53)]) -> JobOut:
+        """How far a change is."""
+        found = asdict(_job(app, number))
+        return JobOut(**{name: found[name] for name in JobOut.model_fields})
+
+    @post("/api/drop")
+    def drop(wanted: DropIn) -> VersionOut:
+        """Take items out of today's memory; restoring a version brings them back."""
+        return VersionOut(version=_drop(app, wanted.items, wanted.version))
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+def _errors(api: FastAPI, app: App) -> None:
+    def answer(request: Request, status: int, text: str) -> Response:
+        if request.url.path.startswith("/api/"):
+            from fastapi.responses import JSONResponse
+
+            return JSONResponse({"detail": text}, status)
+        return _page(app, "error.html", status, text=text)
+
+    @api.exception_handler(StarletteHTTPException)
+    async def told(request: Request, error: StarletteHTTPException) -> Response:
+        text = str(error.detail)
+        found = answer(request, error.status_code, text)
+        found.headers.update(error.headers or {})
+        return found
+
+    @api.exception_handler(RequestValidationError)
+    async def wrong(request: Request, error: RequestValidationError) -> Response:
+        said = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors()[:3])
+        return answer(request, 422, f"Some of what was sent is not as expected: {said}.")
+
+    @api.exception_handler(StoreError)
+    async def store(request: Request, error: StoreError) -> Response:
+        return answer(request, 409, f"The store says: {error}")
+
+    @api.exception_handler(ValueError)
+    async def value(request: Request, error: ValueError) -> Response:
+        return answer(request, 422, str(error))

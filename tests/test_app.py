@@ -1,0 +1,453 @@
+"""The page without a browser: what it shows, who may ask, what changes, what is never lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from app_client import TOKEN, Client, served
+from lifelong import Categorical, Memory, runs
+from lifelong.app import index, jobs, thumbnails, workspace
+from lifelong.app.jobs import Job, Jobs
+from lifelong.app.thumbnails import NoPictureError
+from lifelong.cli import main
+from lifelong.config import Experiment, Overrides, RunConfig, UsageError
+from lifelong.data import Batch
+from lifelong.memory import remember
+from lifelong.run_memory import learner_file, prior_in
+from lifelong.store import Item, open_store
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five tasks with four digits of each class remembered."""
+    folder = tmp_path_factory.mktemp("page") / "run"
+    config = RunConfig(
+        Experiment(benchmark="split-digits", prior="kprior", memory=8), Overrides(epochs=2)
+    )
+    plan = runs.prepare(config)
+    runs.create(plan, folder)
+    runs.execute(plan, folder)
+    return folder
+
+
+@pytest.fixture
+def run(learned: Path, tmp_path: Path) -> Path:
+    shutil.copytree(learned, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def page(run: Path) -> Iterator[Client]:
+    with served(workspace(run)) as client:
+        yield client
+
+
+def items_of(n: int = 6, size: int = 16) -> Memory:
+    g = torch.Generator().manual_seed(0)
+    batch = Batch(torch.rand(n, size, generator=g), torch.arange(n) % 3, torch.arange(n))
+    return remember(batch, torch.randn(n, 3, generator=g), task=0)
+
+
+def store_of(folder: Path, memory: Memory | None = None, **options: Any) -> Path:
+    with open_store(folder, "a") as store:
+        store.append(items_of() if memory is None else memory, **options)
+    return folder
+
+
+# ------------------------------------------------------------------------------- looking
+
+
+def test_the_gallery_sorts_filters_and_pages(page: Client, run: Path) -> None:
+    every = page.get("/api/memory?limit=100").json
+    assert every["total"] == 40
+    assert [i["item"] for i in every["items"]] == list(range(40, 0, -1))
+    for name in ("lambda", "residual"):
+        values = [i["scores"][name] for i in page.get(f"/api/memory?sort={name}").json["items"]]
+        assert values == sorted(values, reverse=True)
+        up = page.get(f"/api/memory?sort={name}&ascending=true&limit=40").json["items"]
+        assert [i["scores"][name] for i in up] == sorted(values)
+    of_task = page.get("/api/memory?task=2&limit=100").json
+    assert of_task["total"] == 8
+    assert {i["task"] for i in of_task["items"]} == {2}
+    of_class = page.get("/api/memory?label=3&skip=1&limit=2").json
+    assert of_class["total"] == 4
+    assert [i["label"] for i in of_class["items"]] == [3, 3]
+    id = every["items"][0]["id"]
+    assert id in [i["id"] for i in page.get(f"/api/memory?text={id}").json["items"]]
+    first = page.get("/memory?sort=lambda&task=2")
+    assert first.status == 200
+    assert first.text.count('name="items"') == 8
+    assert "page 1 of 1" in first.words
+    assert "No item is like that" in page.get("/memory?text=zzz").words
+    assert page.get("/memory?page=99&sort=newest").status == 200
+
+
+def test_scores_are_those_of_the_memory(run: Path) -> None:
+    memory = prior_in(learner_file(run)).memory
+    assert memory is not None
+    with workspace(run).open() as store:
+        known = index.build(store)
+    f = Categorical().mask(memory.reference, memory.mask)
+    wanted = Categorical().hessian_trace(f).double().numpy()
+    order = np.argsort(known.number)
+    np.testing.assert_allclose(known.scores["lambda"][order], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(known.label[order], memory.labels.numpy())
+
+
+def test_an_item_and_its_picture(page: Client) -> None:
+    shown = page.get("/items/7")
+    assert "Stands for" in shown.words
+    assert "What the model believed" in shown.words
+    picture = page.get("/items/7/picture?size=large")
+    assert picture.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(picture.body)).size == (384, 384)
+    assert page.get("/items/7/picture").headers["cache-control"] == "no-store"
+    assert page.get("/items/999").status == 404
+    assert page.get("/items/seven").status == 422
+    assert page.get("/items/7/picture?size=huge").status == 422
+
+
+def test_learning_and_comparison(page: Client, run: Path) -> None:
+    shown = page.get("/learning")
+    assert shown.text.count("<svg") == 2
+    accuracy = json.loads((run / "result.json").read_text())["accuracy"]["mean"]
+    assert f"{100 * accuracy:.2f} %" in shown.words
+    shutil.copytree(run, run.with_name("other"))
+    compared = page.get("/compare").words
+    assert "other kprior split-digits 1" in compared
+
+
+def test_a_run_that_goes_on(run: Path) -> None:
+    (run / "result.json").unlink()
+    (run / "seed-0" / "accuracy.json").unlink()
+    with served(workspace(run)) as page:
+        now = page.get("/learning/now")
+        assert 'data-state="running"' in now.text
+        assert "5 tasks learned" in now.words
+        assert "--resume" in now.words
+
+
+def test_a_run_that_has_learned_nothing_yet(run: Path) -> None:
+    shutil.rmtree(run / "seed-0")
+    (run / "result.json").unlink()
+    (run / "log.txt").write_text("")
+    with served(workspace(run)) as page:
+        assert page.get("/memory").status == 404
+        assert "No task is learned yet" in page.get("/learning").words
+
+
+# ------------------------------------------------------------------------------- who may ask
+
+
+def test_without_the_token_nothing_is_told(page: Client) -> None:
+    stranger = Client(page.port)
+    for path in ("/", "/memory", "/items/1/picture", "/api/memory", "/static/app.js"):
+        found = stranger.get(path)
+        assert found.status == 403
+        assert "token" in found.text
+    assert stranger.get("/?token=wrong").status == 403
+    assert not stranger.cookie
+    assert stranger.get(f"/memory?token={TOKEN}&task=2").text.count('name="items"') == 8
+    assert stranger.cookie.endswith(TOKEN)
+
+
+def test_another_name_for_this_machine_is_refused(page: Client) -> None:
+    assert page.get("/memory", Host="evil.example").status == 421
+    assert page.get(f"/?token={TOKEN}", Host=f"evil.example:{page.port}").status == 421
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", ""])
+def test_another_page_cannot_change_anything(page: Client, origin: str) -> None:
+    before = page.get("/api/memory").json
+    asked = page.post("/changes/drop", [("items", 1), ("version", 1)], Origin=origin)
+    assert asked.status == 403
+    assert page.get("/api/memory").json == before
+
+
+@pytest.mark.parametrize("path", ["/changes/drop", "/changes/forget", "/api/drop"])
+def test_no_get_changes_anything(page: Client, path: str) -> None:
+    before = page.get("/api/memory").json
+    assert page.get(f"{path}?items=1&version=1&sure=forget").status == 405
+    assert page.get("/api/memory").json == before
+
+
+def test_every_answer_forbids_what_is_not_from_here(page: Client) -> None:
+    for path in ("/memory", "/items/1/picture", "/api/memory", "/nothing", "/static/app.css"):
+        headers = page.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+    for path in ("/memory", "/learning", "/changes", "/items/1", "/compare"):
+        text = page.get(path).text
+        assert "http://" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+        assert "<script>" not in text
+
+
+def test_too_much_at_once_is_refused(page: Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": page.origin}
+    found = page.send("POST", "/changes/drop", b"", {**form, "Content-Length": str(10**9)})
+    assert found.status == 413
+
+
+def test_hostile_text_is_inert(tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>"
+    place = store_of(tmp_path / "store", ids=[f"{bad}{k}" for k in range(6)], notes=[bad] * 6)
+    with served(workspace(place)) as page:
+        for path in ("/memory", "/items/1", "/forget?items=1", f"/memory?text={bad[1:7]}"):
+            found = page.get(path)
+            assert found.status == 200
+            assert bad not in found.text
+        assert "&lt;script&gt;" in page.get("/items/1").text
+
+
+def item(kind: Any, shape: tuple[int, ...] = ()) -> Item:
+    return Item(1, "x", 0, 0, 0, None, 1.0, 0.0, {}, "", kind, shape, 1, 1, "")
+
+
+def encoded(size: tuple[int, int], kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "be read"),
+        (encoded((9, 9))[:40], "be read"),
+        (b"", "be read"),
+        (encoded((7000, 7000)), "too many to show"),
+    ],
+)
+def test_images_that_cannot_be_shown(raw: bytes, why: str) -> None:
+    with pytest.raises(NoPictureError, match=why):
+        thumbnails.picture(raw, item("image"), 96)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(5), torch.zeros(2, 3, 4, 5), torch.full((4, 4), torch.nan), torch.zeros(0)]
+)
+def test_numbers_that_are_no_picture(x: torch.Tensor) -> None:
+    with pytest.raises(NoPictureError):
+        thumbnails.picture(x, item("tensor", tuple(x.shape)), 96)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 6), (3, 8, 6), (8, 6), (64,)])
+def test_pictures_of_numbers(shape: tuple[int, ...]) -> None:
+    made = thumbnails.picture(torch.rand(shape), item("tensor", shape), 96)
+    assert max(Image.open(io.BytesIO(made)).size) == 96
+
+
+def test_a_photo_is_made_smaller_and_comes_as_png() -> None:
+    made = thumbnails.picture(encoded((300, 150), "JPEG"), item("image"), 96)
+    picture = Image.open(io.BytesIO(made))
+    assert (picture.format, picture.size) == ("PNG", (96, 48))
+
+
+def test_rows_and_texts_are_shown_as_words() -> None:
+    assert thumbnails.words(torch.tensor([1.5, 2.0]), item("tensor")) == "1.5, 2"
+    assert thumbnails.words("a\x1b[2Jb", item("text")) == "a\N{REPLACEMENT CHARACTER}[2Jb"
+    assert thumbnails.words({"b": torch.ones(1), "a": torch.zeros(1)}, item("dict")) == "a: 0\nb: 1"
+    assert thumbnails.words("x" * 9_000, item("text")).endswith(" …")
+
+
+# ------------------------------------------------------------------------------- changing
+
+
+def test_a_drop_is_undone(page: Client) -> None:
+    version = page.get("/memory").value("version")
+    shown = page.post("/changes/drop", [("items", 1), ("items", 2), ("version", version)])
+    assert shown.status == 200
+    assert page.get("/api/memory").json["total"] == 38
+    assert page.get("/items/1").status == 404
+    page.post("/changes/restore", [("to", 1), ("version", shown.value("version"))])
+    assert page.get("/api/memory").json["total"] == 40
+    assert page.get("/items/1").status == 200
+
+
+def test_two_tabs_at_once_lose_nothing(page: Client) -> None:
+    version = page.get("/memory").value("version")
+    page.post("/changes/drop", [("items", 1), ("version", version)])
+    before = page.get("/api/memory").json
+    second = [("items", 2), ("version", version)]
+    for path, more in (
+        ("/changes/drop", []),
+        ("/changes/forget", [("sure", "forget")]),
+        ("/changes/restore", [("to", 1)]),
+    ):
+        found = page.post(path, [*second, *more])
+        assert found.status == 409
+        assert "changed since this page was loaded" in found.words
+    wanted = {"items": [2], "version": int(version)}
+    assert page.post_json("/api/drop", wanted).status == 409
+    assert page.get("/api/memory").json == before
+    done = page.post_json("/api/drop", {"items": [2], "version": before["version"]})
+    assert done.json == {"version": before["version"] + 1}
+
+
+def test_forgetting_says_so_first_and_is_final(page: Client, run: Path) -> None:
+    asked = page.get("/forget?items=3&items=30")
+    assert "This is final" in asked.words
+    fields = [("items", 3), ("items", 30), ("version", asked.value("version"))]
+    assert page.post("/changes/forget", fields).status == 422
+    assert page.get("/api/memory").json["total"] == 40
+    page.post("/changes/forget", [*fields, ("sure", "forget"), ("note", "the patient asked")])
+    job = page.job()
+    assert job["state"] == "done", job
+    assert page.get("/api/memory").json["total"] == 38
+    assert page.get("/items/3").status == 404
+    shown = page.get("/jobs/1")
+    assert shown.words.count("Accuracy on the tests") == 2  # of two tasks
+    for part in (0, 1):
+        content = page.get(f"/jobs/1/certificate/{part}?as_json=true").json
+        assert "the patient asked" in json.dumps(content)
+        assert page.get(f"/jobs/1/certificate/{part}").status == 200
+    assert page.get("/jobs/1/certificate/2").status == 404
+    memory = prior_in(learner_file(run)).memory
+    assert memory is not None
+    assert len(memory) == 38  # of the run that the page was opened with, too
+    after = page.get("/changes")
+    assert "stay closed" in after.words
+    old = page.post("/changes/restore", [("to", 1), ("version", after.value("version"))])
+    assert old.status == 409
+    assert "had learned what has been forgotten since" in old.words
+    assert not (run.with_name("run.ui") / "1-0").exists()
+
+
+def test_another_regulariser_and_back(page: Client, run: Path) -> None:
+    place = workspace(run)
+    fields = [("precision", 3.0), ("version", page.get("/changes").value("version"))]
+    page.post("/changes/regularise", fields)
+    job = page.job()
+    assert job["state"] == "done", job
+    assert place.current == run.with_name("run.ui") / "1-0"
+    assert "run, change 1" in page.get("/compare").words
+    back = [("to", 1), ("version", page.get("/changes").value("version"))]
+    assert page.post("/changes/restore", back).status == 200
+    assert place.current == run
+    wrong = [("precision", "nan"), ("version", page.get("/changes").value("version"))]
+    assert page.post("/changes/regularise", wrong).status == 422
+
+
+def test_added_examples_are_learned(page: Client, tmp_path: Path) -> None:
+    out = io.BytesIO()
+    g = np.random.default_rng(0)
+    inputs = g.random((10, 1, 8, 8), dtype=np.float32)
+    stored = page.get("/api/items/1").json["shape"]
+    np.savez(out, inputs=inputs.reshape(10, *stored), labels=np.arange(10) % 2)
+    version = page.get("/changes").value("version")
+    assert page.upload("/changes/add", {"version": version}, "x.exe", b"MZ").status == 422
+    page.upload("/changes/add", {"version": version}, "../../more.npz", out.getvalue())
+    job = page.job()
+    assert job["state"] == "done", job
+    assert not list((tmp_path / "run.ui").glob("upload-*"))
+    broken = {"version": page.get("/changes").value("version")}
+    page.upload("/changes/add", broken, "broken.npz", b"not a file of numbers")
+    assert page.job(2)["state"] == "failed"
+    assert "Failed" in page.get("/jobs/2").words
+
+
+@pytest.mark.parametrize("stop", ["before", "adapted", "taken", "erased"])
+def test_a_server_that_is_killed_goes_on(
+    run: Path, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is killed, the job ends as if nothing had happened."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: Any, **options: Any) -> Any:
+        raise Killed
+
+    place = workspace(run)
+    with place.open() as store:
+        chosen = [store.items(after=n - 1, limit=1)[0] for n in (3, 30)]
+        seen = store.version
+    given = {"items": [3, 30], "tasks": jobs.by_task(chosen), "note": ""}
+    asked = replace(Job(1, "forget", given), state="running")
+    where = {"before": "adapt", "adapted": "prior_in", "taken": "_erase", "erased": "_clear"}[stop]
+    journal = Jobs(place)
+    journal.close()
+    journal._keep(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, where, kill)
+        with pytest.raises(Killed):
+            jobs.KINDS["forget"](journal, asked)
+    again = Jobs(place)
+    again.close()  # lets it end
+    done = again.get(1)
+    assert done.state == "done", done.said
+    assert len((done.result or {})["changes"]) == 2
+    with place.open() as store:
+        assert len(store) == 38
+        assert store.version > seen
+    assert len(place.steps) == 1
+    assert place.current is not None
+    assert place.current.is_dir()
+
+
+def test_one_change_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = workspace(run)
+    held = Jobs(place)
+    held.close()
+    held._keep(replace(Job(1, "regularise", {"precision": 1.0}), state="running"))
+    with pytest.raises(jobs.ChangedMeanwhileError, match="another change is being made"):
+        held.ask("regularise", {"precision": 2.0}, 1)
+
+
+# ------------------------------------------------------------------------------- a store alone
+
+
+def test_a_store_alone(tmp_path: Path) -> None:
+    place = store_of(tmp_path / "store", scores={"leverage": [5.0, 1, 4, 2, 6, 3]})
+    with served(workspace(place)) as page:
+        by_leverage = page.get("/api/memory?sort=leverage").json["items"]
+        assert [i["item"] for i in by_leverage] == [5, 1, 3, 6, 4, 2]
+        assert page.get("/learning").status == 404
+        assert "Another regulariser" not in page.get("/changes").words
+        wrong = [("precision", 1), ("version", 1)]
+        assert page.post("/changes/regularise", wrong).status == 422
+        version = page.get("/memory").value("version")
+        fields = [("items", 2), ("version", version), ("sure", "forget")]
+        page.post("/changes/forget", fields)
+        assert page.job()["state"] == "done"
+        assert page.get("/api/memory").json["total"] == 5
+        with pytest.raises(ValueError, match="2"), open_store(place) as store:
+            store.find([2])
+
+
+def test_wrong_places_are_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for place, message in (("none", "there is no run"), ("empty", "neither a run nor a store")):
+        with pytest.raises(UsageError, match=message):
+            workspace(tmp_path / place)
+        assert main(["ui", str(tmp_path / place)]) == 2
+    shutil.copytree(run / "seed-0", run / "seed-1")
+    with pytest.raises(UsageError, match="seeds 0, 1: say which"):
+        workspace(run)
+    assert workspace(run, 1).seed == 1
+    assert main(["ui", str(run), "--port", "99999"]) == 2
+    assert "from 0 to 65535" in capsys.readouterr().err
+
+
+def test_what_is_opened_again_is_not_imported_again(run: Path) -> None:
+    first = workspace(run)
+    with first.open("a") as store:
+        store.drop([1])
+        version = store.version
+    with workspace(run).open() as store:
+        assert store.version == version
