@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations lint bench tables clean
+.PHONY: help demo test test-integrations test-ui lint bench tables clean
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,12 +36,17 @@ demo: $(VENV)/.demo ## learn five tasks of handwritten digits in a row; writes r
 test: lint ## linters, type checker and all tests
 	@echo "== tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal \
-		--ignore=tests/integrations $(PYTEST)
+		--ignore=tests/integrations --ignore=tests/app_browser $(PYTEST)
 
 # Their packages are too large for everyone who runs `make test`.
 test-integrations: $(VENV)/.integrations ## the tests of lifelong.integrations, with the frameworks
 	@echo "== tests of the integrations"
 	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet tests/integrations $(PYTEST)
+
+# Drives a browser: Playwright's own, or CHROMIUM=/usr/bin/chromium.
+test-ui: $(VENV)/.ui ## the tests of lifelong ui in a browser, and of its interface
+	@echo "== tests of the page"
+	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet tests/app_browser $(PYTEST)
 
 # The order of imports is checked by tests/test_layers.py.
 lint: $(VENV)/.dev ## linters and type checker only
@@ -75,6 +80,11 @@ $(VENV)/.dev: $(PINS)
 $(VENV)/.integrations: $(VENV)/.dev
 	@echo "== installing the frameworks that are integrated, about 700 MB"
 	@$(PIP) --editable '.[dev,hf,avalanche,lightning]' --constraint $(PINS)
+	@touch $@
+
+$(VENV)/.ui: $(VENV)/.dev
+	@echo "== installing what drives a browser, about 150 MB"
+	@$(PIP) --editable '.[dev,test-ui]' --constraint $(PINS)
 	@touch $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.

@@ -248,7 +248,7 @@ def _arranged(
     try:
         places = known.arranged(sort, ascending=ascending, task=task, label=label, among=among)
     except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+        raise HTTPException(404, str(error)) from error
     return known, places
 
 
