@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +91,19 @@ def command(config: Config, photos: Path, run: Path) -> list[str]:
     return [*python, "lifelong", "run", *new, *where]
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes that a process has started, and that these have."""
+    parents = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parents[int(place.parent.name)] = int(place.read_text().rpartition(")")[2].split()[1])
+    found, new = [], [pid]
+    while new:
+        new = [child for child, parent in parents.items() if parent in new]
+        found += new
+    return found
+
+
 def go_on(config: Config, photos: Path, out: Path, limit: float) -> bool:
     """Until all is learned, True, or the time is up. Raises RuntimeError where the run fails."""
     run, end = out / "run", time.monotonic() + limit
@@ -103,7 +117,9 @@ def go_on(config: Config, photos: Path, out: Path, limit: float) -> bool:
         while child.poll() is None:
             due = at is not None and tasks_learned(run) >= at
             if due or time.monotonic() > end:
-                os.killpg(child.pid, signal.SIGKILL)  # all processes of the run, and no other
+                for pid in (child.pid, *descendants(child.pid)):  # torchrun's have own sessions
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 child.wait()
                 log(out, f"killed with {tasks_learned(run)} tasks learned, "
                     f"{time.monotonic() - start:.0f} s after its start")  # fmt: skip

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -253,6 +257,21 @@ small = replace(benchmark("imagenet-1000"), make_model=lambda n: ResNet(n, (1, 1
 runs.benchmark = lambda name: small
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_all_processes_of_a_run_are_found() -> None:
+    """Also in sessions of their own, as torchrun starts them."""
+    inner = "import subprocess, sys; subprocess.run(['sleep', '60'], start_new_session=True)"
+    child = subprocess.Popen([sys.executable, "-c", inner])
+    try:
+        while not (found := imagenet.descendants(child.pid)):
+            time.sleep(0.01)
+        assert len(found) == 1
+        os.kill(found[0], signal.SIGKILL)
+        assert child.wait(30) == 0
+    finally:
+        child.kill()
+    assert imagenet.descendants(child.pid) == []
 
 
 def test_killed_and_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
