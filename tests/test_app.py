@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 from app_client import TOKEN, Client, served
-from lifelong import Categorical, Memory, runs
-from lifelong.app import index, jobs, thumbnails, workspace
+from lifelong import Categorical, Memory, runs, thumbnails
+from lifelong.app import index, jobs, workspace
 from lifelong.app.jobs import Job, Jobs
-from lifelong.app.thumbnails import NoPictureError
 from lifelong.cli import main
 from lifelong.config import Experiment, Overrides, RunConfig, UsageError
 from lifelong.data import Batch
 from lifelong.memory import remember
 from lifelong.run_memory import learner_file, prior_in
 from lifelong.store import Item, open_store
+from lifelong.thumbnails import NoPictureError
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt``, ``plan``, ``memory``, ``ui``.
+"""The command line: ``lifelong demo``, ``run``, ``bench``, ``adapt``, ``plan``, ``memory``,
+``report`` and ``ui``.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more
 (``| head``). Only this module and ``commands.bench`` read the environment
@@ -24,6 +25,7 @@ from .commands.certificate import certificate
 from .commands.flags import parse
 from .commands.memory import memory
 from .commands.plan import forecast
+from .commands.report import report
 from .commands.ui import ui
 from .config import (
     DemoFlags,
@@ -48,6 +50,7 @@ commands:
   adapt        change a saved run: add or remove examples, regularise, another network
   plan         estimate memory, time and price of a long run before it starts
   memory       look into a memory on disk; drop, restore and forget examples
+  report       one page of runs, and their figures and tables as files
   ui           the same and more in a browser: pictures, learning curves, changes
   certificate  check a certificate of unlearning, or make a key to sign with
 
@@ -124,6 +127,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "adapt": _adapt,
         "memory": memory,
         "plan": forecast,
+        "report": report,
         "ui": ui,
         "certificate": certificate,
     }

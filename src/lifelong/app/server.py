@@ -25,10 +25,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from .. import thumbnails
 from ..errors import StoreError
 from ..report.table import bytes_text, seconds_text
 from ..store import Item, MemoryStore
-from . import index, learning, thumbnails
+from . import index, learning
 from .jobs import ChangedMeanwhileError, Job, Jobs, by_task
 from .safety import Gate
 from .workspace import Step, Workspace, refresh

@@ -14,6 +14,7 @@ reliability_diagram                     does a confidence of 0.8 mean right in 8
 memory_curves                           how much of the past must be kept to adapt to a change?
 seen_once                               a stream of classes: what is still known, what is kept
 accuracy_against_memory                 a table's methods over the examples they keep of each task
+learning_curves, matrix                 a stream: accuracy after each task, and on each
 decision_regions                        what a classifier says all over the plane, and its memory
 
 Arrays are tensors, numpy arrays or nested lists. Figures are 4 inches wide, so that at 400 pixels
@@ -31,6 +32,7 @@ from __future__ import annotations
 from .arrays import Array
 from .curves import accuracy_against_memory, memory_curves
 from .examples import memorable_examples
+from .learning import learning_curves, matrix
 from .predictions import evidence_against_test, kernel_matrix, predictive_bands, reliability_diagram
 from .regions import decision_regions
 from .scores import (
@@ -55,6 +57,8 @@ __all__ = [
     "decision_regions",
     "evidence_against_test",
     "kernel_matrix",
+    "learning_curves",
+    "matrix",
     "memorable_examples",
     "memory_curves",
     "pearson",

@@ -1,8 +1,11 @@
 """The report: what a run found, as one HTML page and as a table for the terminal.
 
-Made from plain values (``Report`` and what it holds), so it needs no model and no data.
+Made from plain values (``Report`` and what it holds), so it needs no model and no data; ``of_runs``
+reads them from folders, ``write_files`` has tables and figures for a paper.
 """
 
+from .files import write_files
+from .of_runs import of_runs
 from .page import answer, render, write
 from .results import (
     Estimate,
@@ -25,8 +28,10 @@ __all__ = [
     "RunSummary",
     "Section",
     "answer",
+    "of_runs",
     "render",
     "summary_rows",
     "summary_table",
     "write",
+    "write_files",
 ]

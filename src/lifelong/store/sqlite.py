@@ -784,7 +784,7 @@ class SqliteStore(Database):
                 f"l.item, c.layout, length(c.input), {_WHOLE}, "
                 "(SELECT min(born) FROM life b WHERE b.item = l.item)"
             )
-            sql, values = self._select(con, columns, where, at)
+            sql, values = self._select(con, columns, where, at, paged=True)
             sql += " AND l.item > ? ORDER BY l.item LIMIT ?"
             after, limit = (max(-_LARGEST, min(n, _LARGEST)) for n in (after, limit))
             return [self._item(con, row) for row in con.execute(sql, (*values, after, limit))]
@@ -818,9 +818,16 @@ class SqliteStore(Database):
             return con.execute(sql, values).fetchone()[0]
 
     def _select(
-        self, con: sqlite3.Connection, columns: str, where: Where | None, version: int | None
+        self,
+        con: sqlite3.Connection,
+        columns: str,
+        where: Where | None,
+        version: int | None,
+        *,
+        paged: bool = False,
     ) -> tuple[str, tuple[Any, ...]]:
-        """Items of a version, as SQL and its values; None: of any version that is kept."""
+        """Items of a version, as SQL and its values; None: of any version that is kept. paged: to
+        go on with ``AND l.item > ?``, so that a page is found at once, wherever it begins."""
         today = version is not None and version == newest(con)
         values: list[Any] = [] if today or version is None else [version, version]
         alive = "1" if version is None else "l.died IS NULL" if today else _ALIVE
@@ -848,8 +855,11 @@ class SqliteStore(Database):
             )
             values += [text, text, json.dumps(self._kinds(con, "text")), text]
         needs_content = "c." in columns or any("c." in part for part in parts)
+        # Left alone, SQLite reads all that are alive, and sorts them, for each page.
+        wanted = f"INDEXED BY {'life_today' if today else 'life_item'} "
+        index = wanted if paged and "0" not in parts else ""
         sql = (
-            f"SELECT {columns} FROM life l CROSS JOIN state s ON s.id = l.state "
+            f"SELECT {columns} FROM life l {index}CROSS JOIN state s ON s.id = l.state "
             + ("CROSS JOIN content c ON c.id = l.item " if needs_content else "")
             + "WHERE "
             + " AND ".join(f"({part})" for part in parts)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..store import Item
+from .store import Item
 
 MOST_PIXELS = 40_000_000  # of a picture that is opened at all
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
@@ -30,7 +30,7 @@ def picture(raw: Any, item: Item, size: int) -> bytes:
     if item.kind == "image":
         image = _opened(raw)
     elif item.kind == "tensor":
-        image = Image.fromarray(_pixels(raw))
+        image = Image.fromarray(pixels(raw))
     else:
         raise NoPictureError(f"a {item.kind} is no picture")
     largest = max(image.size)
@@ -56,7 +56,7 @@ def _opened(raw: bytes) -> Image.Image:
         raise NoPictureError(f"it cannot be read ({type(error).__name__})") from error
 
 
-def _pixels(x: Tensor) -> np.ndarray:
+def pixels(x: Tensor) -> np.ndarray:
     """uint8 (H, W) or (H, W, 3): channels first or none, or a vector that makes a square."""
     if x.ndim == 1:
         side = math.isqrt(x.numel())
@@ -73,8 +73,8 @@ def _pixels(x: Tensor) -> np.ndarray:
     if x.dtype.is_floating_point or x.dtype.itemsize > 1:
         low, high = values.min(), values.max()
         values = 255 * (values - low) / (high - low).clamp(min=1e-300)
-    pixels = values.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
-    return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    found = values.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    return found[:, :, 0] if found.shape[2] == 1 else found
 
 
 def words(raw: Any, item: Item, most: int = 2_000) -> str:
