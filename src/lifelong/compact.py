@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from .data import BATCH_SIZE, Data, Examples, batches, head_of
 from .likelihoods import Likelihood
 from .memory import Memory
-from .models import device_of, evaluating, forward, move, require_finite
+from .models import device_of, evaluating, forward, move, read, require_finite
 
 Scale = Callable[[Tensor], Tensor]
 Method = Literal["em", "closed_form"]
@@ -64,7 +64,7 @@ class CompactMemory:
 
         Raises ValueError for inputs that are not (M, P).
         """
-        inputs = [require_features(m.inputs) for m in memories]
+        inputs = [require_features(read(m.inputs)) for m in memories]
         return cls(torch.cat(inputs), torch.cat([m.soft_weight for m in memories]))
 
     def rows(self, scale: Scale | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from .distributed import Ranks
 from .errors import NotRepeatableError
-from .models import Inputs, concat, move, rows, take
+from .models import Inputs, Unread, concat, move, rows, select, take
 
 Head = tuple[int, ...]
 BATCH_SIZE = 512  # of passes that take no training step; the result does not depend on it
@@ -56,7 +56,7 @@ class Examples(Dataset):
     transform: Callable[[Inputs], Inputs] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inputs, Mapping):
+        if not isinstance(self.inputs, Mapping | Unread):  # unread ones are read a batch at a time
             object.__setattr__(self, "inputs", torch.as_tensor(self.inputs))
         object.__setattr__(self, "labels", torch.as_tensor(self.labels))
         n = rows(self.inputs)
@@ -81,7 +81,7 @@ class Examples(Dataset):
             return take(batch.inputs, 0), batch.labels[0]  # type: ignore[arg-type]
         return replace(
             self,
-            inputs=take(self.inputs, index),
+            inputs=select(self.inputs, index),
             labels=self.labels[index],
             ids=self.ids[index],
         )

@@ -44,22 +44,25 @@ from .models import (
     forward,
     move,
     nbytes,
+    read,
     require_finite,
     rows,
     take,
 )
+from .models import select as select_rows
 from .scores import Score, outputs, score_batch
+from .serving import Served
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Memory:
     """M remembered examples. Frozen: every change makes a new one.
 
-    inputs (M, ...) or a dict of such; labels (M,) or (M, C); reference (M, C): the model's
-    outputs f* when it was last asked, before any mask; soft_weight, hard_weight (M,): past
-    examples that each stands for, by soft and by true label; task, origin (M,) int64: from
-    which task, under which id there; head (M,) int64: index into ``heads``, the class sets
-    (None: all outputs compete).
+    inputs (M, ...) or a dict of such, or ``Served`` from a disk; labels (M,) or (M, C);
+    reference (M, C): the model's outputs f* when it was last asked, before any mask;
+    soft_weight, hard_weight (M,): past examples that each stands for, by soft and by true label;
+    task, origin (M,) int64: from which task, under which id there; head (M,) int64: index into
+    ``heads``, the class sets (None: all outputs compete).
     """
 
     inputs: Inputs
@@ -80,7 +83,7 @@ class Memory:
 
     def __getitem__(self, index: Tensor | slice) -> Memory:
         """The items ``index``, in that order."""
-        rows_of = {name: take(getattr(self, name), index) for name in _ROWS}
+        rows_of = {name: select_rows(getattr(self, name), index) for name in _ROWS}
         return replace(self, **rows_of)  # type: ignore[arg-type]
 
     @property
@@ -132,11 +135,16 @@ class Memory:
         so a draw is spread evenly over tasks and classes. Cost n, whatever the size of memory.
         """
         index = self._drawn(n, generator)
-        return self if index is None else self[index].scaled(len(self) / len(index))
+        if index is None:
+            return self
+        drawn = self[index].scaled(len(self) / len(index))
+        return replace(drawn, inputs=read(drawn.inputs))
 
     def sample(self, n: int | None, generator: torch.Generator | None = None) -> Memory | Sample:
         """As ``draw``, but each column is copied only when it is asked for."""
         index = self._drawn(n, generator)
+        if index is not None and isinstance(self.inputs, Served):
+            self.inputs.foresee(index, generator, lambda g: self._drawn(n, g))
         return self if index is None else Sample(self, index, len(self) / len(index))
 
     def part(self, rank: int, size: int) -> Memory:
@@ -195,8 +203,9 @@ class Memory:
         return replace(self, **{name: move(getattr(self, name), device, dtype) for name in _ROWS})
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in _ROWS}
+        """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it; inputs that
+        are served from a disk are read."""
+        state: dict[str, Any] = {name: read(getattr(self, name)) for name in _ROWS}
         if isinstance(self.inputs, Mapping):
             state["inputs"] = dict(self.inputs)
         return {**state, "heads": [None if h is None else list(h) for h in self.heads]}

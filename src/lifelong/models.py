@@ -8,7 +8,8 @@ unwrapped. Parameters travel as ``dict[str, Tensor]``, keyed as in ``named_param
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,38 @@ from torch.func import functional_call
 
 from .errors import NonFiniteError, StaleAnchorError
 
-Inputs = Tensor | Mapping[str, Tensor]
+
+class Unread(ABC):
+    """Rows (M, ...) that become tensors when they are asked for, such as inputs on a disk.
+
+    ``rows[index]`` reads; ``rows.select(index)`` are those rows unread.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: Tensor | slice) -> Any: ...
+
+    @abstractmethod
+    def select(self, index: Tensor | slice) -> Unread: ...
+
+    @abstractmethod
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Unread:
+        """Rows that are on that device, in that floating dtype, once they are read."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Any]) -> Unread:
+        """The rows of ``parts`` one after another, unread; this is one of them, others may be read
+        ones."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of all rows, as a memory budget counts them."""
+
+
+Inputs = Tensor | Mapping[str, Tensor]  # or ``Unread`` rows of one or the other
 Params = dict[str, Tensor]
 ParamFilter = Callable[[str, nn.Parameter], bool]
 Result = TypeVar("Result")
@@ -43,12 +75,14 @@ def logits(output: Any) -> Tensor:
 
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's outputs f (B, C) on a tensor or on a dict of tensors."""
+    inputs = read(inputs)
     return logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
 
 
 def forward_at(model: nn.Module, params: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     """f (B, C) at other weights; the model's own stay where they are. Its gradients are taken
     inside of ``at``."""
+    inputs = read(inputs)
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     return logits(functional_call(model, dict(params), args, kwargs))
 
@@ -154,6 +188,8 @@ def move(
     """A tensor or a mapping of tensors on a device; only floating tensors change dtype."""
     if isinstance(value, Mapping):
         return {key: move(v, device, dtype) for key, v in value.items()}
+    if isinstance(value, Unread):
+        return value.to(device, dtype)
     return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
 
@@ -164,7 +200,19 @@ def take(inputs: Inputs, index: Tensor | slice) -> Inputs:
     return _rows_of(inputs, index)
 
 
+def select(inputs: Any, index: Tensor | slice) -> Any:
+    """As ``take``, but of ``Unread`` rows nothing is read."""
+    return inputs.select(index) if isinstance(inputs, Unread) else take(inputs, index)
+
+
+def read(inputs: Any) -> Any:
+    """``inputs`` as tensors: read, where they are not."""
+    return inputs[slice(None)] if isinstance(inputs, Unread) else inputs
+
+
 def _rows_of(value: Tensor, index: Tensor | slice) -> Tensor:
+    if isinstance(value, Unread):
+        return value[index]
     if isinstance(index, Tensor) and index.dtype == torch.int64 and index.device == value.device:
         return value.index_select(0, index)  # copies whole rows: half the time of value[index]
     return value[index]
@@ -173,6 +221,9 @@ def _rows_of(value: Tensor, index: Tensor | slice) -> Tensor:
 def concat(parts: list[Inputs]) -> Inputs:
     """Rows of several inputs, one after another; all tensors or all dicts with the same keys."""
     first = parts[0]
+    for part in parts:
+        if isinstance(part, Unread):
+            return first if len(parts) == 1 else part.join(parts)  # type: ignore[return-value]
     if isinstance(first, Mapping):
         return {key: torch.cat([part[key] for part in parts]) for key in first}  # type: ignore[index]
     return torch.cat(parts)  # type: ignore[arg-type]
@@ -189,6 +240,8 @@ def nbytes(value: Any) -> int:
         return 0
     if isinstance(value, Mapping):
         return sum(nbytes(v) for v in value.values())
+    if isinstance(value, Unread):
+        return value.num_bytes
     return value.numel() * value.element_size()
 
 

@@ -63,6 +63,7 @@ from .models import (
     forward_at,
     match,
     parameters,
+    read,
     require_finite,
     rows,
     snapshot,
@@ -196,7 +197,7 @@ class Prior:
         wrapper, model = model, unwrapped(model)  # new data go through it: it adds up gradients
         past = self.weight_space(model)  # first: FSDP2's root keeps whole weights after a forward
         drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
-        remembered = [sample.inputs for _, sample in drawn]
+        remembered = [read(sample.inputs) for _, sample in drawn]
         if augment is not None:
             inputs = augment(inputs)
             remembered = [

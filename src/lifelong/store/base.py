@@ -261,8 +261,27 @@ class MemoryStore(Protocol):
         """A random batch as ``Memory.draw`` makes it: weights scaled, so that sums are unbiased."""
         ...
 
-    def load_prior(self, version: int | None = None) -> Prior:
-        """What ``save_prior`` was given. ValueError where that version has none."""
+    def inputs(self, items: Sequence[int], *, decode: Decode | None = None) -> Inputs:
+        """Of today's items with these numbers, in that order; ValueError where one has left."""
+        ...
+
+    def serve(
+        self,
+        which: Where | Sequence[int] | None = None,
+        *,
+        decode: Decode | None = None,
+        ahead: int = 2,
+        workers: int = 1,
+    ) -> Memory:
+        """As ``memory``, but the inputs stay on the disk: ``workers`` threads read what is drawn,
+        ``ahead`` batches in advance. In RAM are soft labels, weights and places alone."""
+        ...
+
+    def load_prior(
+        self, version: int | None = None, *, serve: bool = False, ahead: int = 2, workers: int = 1
+    ) -> Prior:
+        """What ``save_prior`` was given; with ``serve`` its inputs stay on the disk, as those of
+        ``serve``. ValueError where that version has none, and for serving an older one."""
         ...
 
     def raw(self, item: int) -> Any:

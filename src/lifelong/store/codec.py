@@ -342,70 +342,97 @@ def label_of(layout: StateLayout, data: bytes) -> Any:
     return filling.tensor[0].tolist()
 
 
-class Gathering:
-    """A ``Memory`` of N items that is filled row by row, all of one layout.
+class GatheringInputs:
+    """Inputs of N items, filled row by row, all of one layout.
 
     Raises ValueError where layouts differ: one ``Memory`` cannot hold them.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.states: list[State] = []
+        self.count = 0
         self.encoded: list[Any] = []
         self.layout: InputLayout | None = None
-        self.inputs: dict[str, Filling] = {}
+        self.columns: dict[str, Filling] = {}
+
+    def put(self, layout: InputLayout, data: bytes) -> None:
+        """The next input."""
+        if self.layout is None:
+            self.layout = layout
+            self.columns = {name: Filling(c, self.n) for name, c in layout.columns.items()}
+        elif not _alike(layout, self.layout):
+            raise ValueError(differ(layout.spec, self.layout.spec))
+        if layout.kind == "tensor":
+            self.columns[""].put(self.count, data)
+        elif layout.kind == "dict":
+            for name, part in layout.split(data).items():
+                self.columns[name].put(self.count, part)
+        else:
+            self.encoded.append(layout.value(data))
+        self.count += 1
+
+    def inputs(self, decode: Decode | None) -> Inputs:
+        if self.layout is None:
+            raise ValueError("there are no such items; ask store.count(where) before")
+        if self.layout.kind == "tensor":
+            return self.columns[""].tensor
+        if self.layout.kind == "dict":
+            return {name: filling.tensor for name, filling in self.columns.items()}
+        return (decode or _default_decode(self.layout.kind))(self.encoded)
+
+
+class Gathering:
+    """A ``Memory`` of N items that is filled row by row; raises as ``GatheringInputs``."""
+
+    def __init__(self, n: int) -> None:
+        self.states: list[State] = []
+        self._inputs = GatheringInputs(n)
 
     def put(self, inputs: InputLayout, data: bytes, state: State) -> None:
         """The next item."""
-        if self.layout is None:
-            self.layout = inputs
-            self.inputs = {name: Filling(c, self.n) for name, c in inputs.columns.items()}
-        elif not (_alike(inputs, self.layout) and _alike(state.layout, self.states[0].layout)):
-            raise ValueError(
-                f"the items differ in type or shape ({inputs.spec}, {self.layout.spec}; "
-                f"{state.layout.spec}, {self.states[0].layout.spec}), so one Memory cannot hold "
-                "them; choose some by Where(kind=..., task=...)"
-            )
-        i = len(self.states)
+        self._inputs.put(inputs, data)
         self.states.append(state)
-        if inputs.kind == "tensor":
-            self.inputs[""].put(i, data)
-        elif inputs.kind == "dict":
-            for name, part in inputs.split(data).items():
-                self.inputs[name].put(i, part)
-        else:
-            self.encoded.append(inputs.value(data))
 
     def memory(self, heads: Mapping[int, Any], decode: Decode | None) -> Memory:
         """heads: by the store's number."""
-        if self.layout is None:
-            raise ValueError("there are no such items; ask store.count(where) before")
-        layout, of_state = self.layout, self.states[0].layout
-        if layout.kind == "tensor":
-            inputs: Inputs = self.inputs[""].tensor
-        elif layout.kind == "dict":
-            inputs = {name: filling.tensor for name, filling in self.inputs.items()}
-        else:
-            inputs = (decode or _default_decode(layout.kind))(self.encoded)
-        columns = dict(zip(State._fields, zip(*self.states, strict=True), strict=True))
-        numbers = _packed(columns["head"], ">i8")
-        found, head = np.unique(numbers, return_inverse=True)
-        try:
-            used = tuple(heads[number] for number in found.tolist())
-        except KeyError as error:
-            raise StoreDamagedError(f"head {error} is missing; call store.verify()") from error
-        soft, hard = of_state.weight
-        return Memory(
-            inputs=inputs,
-            labels=_filled(of_state.label, columns["label"]),
-            reference=_filled(of_state.reference, columns["reference"]),
-            soft_weight=torch.from_numpy(_packed(columns["soft"], ">f8")).to(soft),
-            hard_weight=torch.from_numpy(_packed(columns["hard"], ">f8")).to(hard),
-            task=torch.from_numpy(_packed(columns["task"], ">i8")),
-            origin=torch.from_numpy(_packed(columns["origin"], ">i8")),
-            head=torch.from_numpy(head.astype(np.int64)),
-            heads=used,
-        )
+        return believed(self._inputs.inputs(decode), self.states, heads)
+
+
+def believed(inputs: Any, states: Sequence[State], heads: Mapping[int, Any]) -> Memory:
+    """Inputs (N, ...) with what N rows say of them; heads: by the store's number.
+
+    Raises ValueError where labels or outputs differ in type or shape.
+    """
+    of_state = states[0].layout
+    for state in states:
+        if not _alike(state.layout, of_state):
+            raise ValueError(differ(state.layout.spec, of_state.spec))
+    columns = dict(zip(State._fields, zip(*states, strict=True), strict=True))
+    numbers = _packed(columns["head"], ">i8")
+    found, head = np.unique(numbers, return_inverse=True)
+    try:
+        used = tuple(heads[number] for number in found.tolist())
+    except KeyError as error:
+        raise StoreDamagedError(f"head {error} is missing; call store.verify()") from error
+    soft, hard = of_state.weight
+    return Memory(
+        inputs=inputs,
+        labels=_filled(of_state.label, columns["label"]),
+        reference=_filled(of_state.reference, columns["reference"]),
+        soft_weight=torch.from_numpy(_packed(columns["soft"], ">f8")).to(soft),
+        hard_weight=torch.from_numpy(_packed(columns["hard"], ">f8")).to(hard),
+        task=torch.from_numpy(_packed(columns["task"], ">i8")),
+        origin=torch.from_numpy(_packed(columns["origin"], ">i8")),
+        head=torch.from_numpy(head.astype(np.int64)),
+        heads=used,
+    )
+
+
+def differ(one: str, other: str) -> str:
+    return (
+        f"the items differ in type or shape ({one}, {other}), so one Memory cannot hold them; "
+        "choose some by Where(kind=..., task=...)"
+    )
 
 
 def _alike(a: object, b: object) -> bool:

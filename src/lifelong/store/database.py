@@ -346,12 +346,7 @@ class Database:
                 os.close(handle)
 
     def _guard(self) -> int | None:
-        """The newest version that was noted; None where the file is missing or damaged."""
-        try:
-            number, check = (self.folder / GUARD).read_bytes()[:64].split()
-            return int(number) if int(check, 16) == zlib.crc32(number) else None
-        except (OSError, ValueError):
-            return None
+        return noted(self.folder)
 
     def _meta(self, key: str) -> Any:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -399,3 +394,12 @@ _OF_PARENTS: list[sqlite3.Connection] = []  # never closed in a child
 def newest(con: sqlite3.Connection) -> int:
     """The number of the newest version; 0 where there is none."""
     return con.execute("SELECT max(number) FROM version").fetchone()[0] or 0
+
+
+def noted(folder: Path) -> int | None:
+    """The newest version that was noted; None where the file is missing or damaged."""
+    try:
+        number, check = (folder / GUARD).read_bytes()[:64].split()
+        return int(number) if int(check, 16) == zlib.crc32(number) else None
+    except (OSError, ValueError):
+        return None

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,8 +49,9 @@ from ..errors import (
     StoreVersionError,
 )
 from ..memory import Memory
+from ..models import Inputs
 from ..prior import Prior
-from . import codec, files, scrub
+from . import codec, files, scrub, served
 from .base import (
     Decode,
     Diff,
@@ -597,13 +599,63 @@ class LanceStore:
             path = checkpoint.write(Path(folder, "prior.safetensors"), data)
             return checkpoint.load(path or Path(folder, "prior.safetensors"), kind="store")
 
-    def load_prior(self, version: int | None = None) -> Prior:
+    def inputs(self, items: Sequence[int], *, decode: Decode | None = None) -> Inputs:
+        """See ``MemoryStore.inputs``. Raises StoreDamagedError too."""
+        view = self._view()
+        gone = [item for item in items if item not in view.today or item not in view.source]
+        if gone:
+            raise served.missing(gone)
+        sources = [view.source[item] for item in items]
+        rows = self._take(view, sources, "input", "digest")
+        found = codec.GatheringInputs(len(items))
+        columns = (rows["input"].to_pylist(), rows["digest"].to_pylist())
+        for place, data, digest in zip(sources, *columns, strict=True):
+            layout = view.input_layout(place)
+            require_digest(layout.spec, (data,), digest)
+            found.put(layout, data)
+        return found.inputs(decode)
+
+    def serve(
+        self,
+        which: Where | Sequence[int] | None = None,
+        *,
+        decode: Decode | None = None,
+        ahead: int = 2,
+        workers: int = 1,
+    ) -> Memory:
+        """See ``MemoryStore.serve`` and ``SqliteStore.serve``."""
+        view = self._view()
+        return self._served(view, self._states_of(view, which, None), decode, ahead, workers)
+
+    def _served(
+        self, view: _View, states: Sequence[int], decode: Decode | None, ahead: int, workers: int
+    ) -> Memory:
+        opened = partial(LanceStore, served.place_of(self.path), "r", timeout=self.timeout)
+        source = served.StoredInputs(opened, decode, workers)
+        items = [view.item[view.place[state]] for state in states]
+        layouts = {view.input_layout(view.source[item]).spec for item in items}
+        if len(layouts) > 1:
+            raise ValueError(codec.differ(*sorted(layouts)[:2]))
+
+        def beliefs() -> Iterator[Memory]:
+            for start in range(0, len(states), served.CHUNK):
+                found = list(self._states(view, states[start : start + served.CHUNK]))
+                yield codec.believed(served.no_inputs(len(found)), found, _Heads(view))
+
+        return served.served(source, items, beliefs(), ahead)
+
+    def load_prior(
+        self, version: int | None = None, *, serve: bool = False, ahead: int = 2, workers: int = 1
+    ) -> Prior:
         """See ``MemoryStore.load_prior`` and ``SqliteStore.load_prior``.
 
-        Raises ValueError where that version has no prior, StoreVersionError, StoreDamagedError.
+        Raises ValueError where that version has no prior, and for serving an older one than
+        today's, StoreVersionError, StoreDamagedError.
         """
         view = self._view()
         at = view.require(version)
+        if serve and at != view.newest:
+            raise served.not_of_today(at)
         name = view.prior_of(at)
         if name is None:
             raise ValueError(
@@ -619,8 +671,13 @@ class LanceStore:
             state = dict(refers["empty"])
             if keep.any():
                 kept = [row for row, stays in zip(rows, keep.tolist(), strict=True) if stays]
+                found = (
+                    served.unread_state(self._served(view, kept, None, ahead, workers))
+                    if serve
+                    else self._gather(view, kept, None).state_dict()
+                )
                 state = {
-                    **self._gather(view, kept, None).state_dict(),
+                    **found,
                     "head": refers["head"][keep],
                     "heads": refers["heads"],
                 }
@@ -699,14 +756,20 @@ class LanceStore:
         or shapes; StoreVersionError; StoreDamagedError where bytes are not those written.
         """
         view = self._view()
+        return self._gather(view, self._states_of(view, which, version), decode)
+
+    def _states_of(
+        self, view: _View, which: Where | Sequence[int] | None, version: int | None
+    ) -> list[int]:
+        """Of the items that ``memory`` means, in its order."""
         at = view.require(version)
-        alive = view.alive(at)
         if which is None or isinstance(which, Where):
-            return self._gather(view, [s for _, s in self._matching(view, which, at)], decode)
+            return [s for _, s in self._matching(view, which, at)]
+        alive = view.alive(at)
         missing = [item for item in which if item not in alive]
         if missing:
             raise ValueError(f"version {at} has no items {missing[:5]}; store.items() lists them")
-        return self._gather(view, [alive[item] for item in which], decode)
+        return [alive[item] for item in which]
 
     def batch(self, index: Tensor | Sequence[int], *, decode: Decode | None = None) -> Memory:
         """See ``MemoryStore.batch``. Raises ValueError beyond the end, and as ``memory``."""

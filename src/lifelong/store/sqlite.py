@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ from ..errors import (
     StoreVersionError,
 )
 from ..memory import Memory
+from ..models import Inputs
 from ..prior import Prior
-from . import codec, files, scrub
+from . import codec, files, scrub, served
 from .base import (
     Decode,
     Diff,
@@ -58,7 +60,7 @@ from .base import (
     Where,
     Which,
 )
-from .database import DATABASE, GUARD, INDICES, TABLES, Database, newest
+from .database import DATABASE, GUARD, INDICES, TABLES, Database, newest, noted
 from .export import write_export
 from .marks import (
     Mark,
@@ -489,19 +491,25 @@ class SqliteStore(Database):
         except CheckpointError as error:
             raise StoreDamagedError(str(error)) from error
 
-    def load_prior(self, version: int | None = None) -> Prior:
+    def load_prior(
+        self, version: int | None = None, *, serve: bool = False, ahead: int = 2, workers: int = 1
+    ) -> Prior:
         """See ``MemoryStore.load_prior``, on the CPU.
 
         Without the items that were dropped or forgotten after it was saved: a memory term loses
         them, a kernel's Gaussian is marginalised over them.
         Raises ValueError where that version has no prior (of older ones ``forget`` removes them),
-        StoreVersionError for a version that is not kept, StoreDamagedError.
+        and for serving an older one than today's; StoreVersionError for a version that is
+        not kept, StoreDamagedError.
         """
+        if serve and version not in (None, self.version):
+            raise served.not_of_today(version)
+        gather = self._gathering(serve, ahead, workers)
         try:
             try:
-                return self._loaded(version)
+                return self._loaded(version, gather)
             except FileNotFoundError:  # a forget may remove it after its name was read: once more
-                return self._loaded(version)
+                return self._loaded(version, gather)
         except FileNotFoundError as error:
             raise StoreDamagedError(
                 f"{error} is missing; restore it from a copy. The memory can be read without it"
@@ -511,12 +519,20 @@ class SqliteStore(Database):
                 f"the prior cannot be read ({error!r}); upgrade lifelong, or use an older version"
             ) from error
 
-    def _loaded(self, version: int | None) -> Prior:
+    def _gathering(self, serve: bool, ahead: int, workers: int) -> _Gather:
+        """How the memory of a prior is read: now, or when it is drawn."""
+        if not serve:
+            return lambda con, states: self._gather(con, states, None).state_dict()
+        return lambda con, states: served.unread_state(
+            self._served(con, states, None, ahead, workers)
+        )
+
+    def _loaded(self, version: int | None, gather: _Gather) -> Prior:
         with self._reading() as con:
-            state = self._prior_state(con, version)
+            state = self._prior_state(con, version, gather)
         return Prior.from_state_dict(state)
 
-    def _prior_state(self, con: sqlite3.Connection, version: int | None) -> Any:
+    def _prior_state(self, con: sqlite3.Connection, version: int | None, gather: _Gather) -> Any:
         at = self._require_version(con, version)
         name = _prior_of(con, at)
         if name is None:
@@ -533,9 +549,8 @@ class SqliteStore(Database):
             state = dict(refers["empty"])
             if keep.any():
                 kept = [row for row, stays in zip(rows, keep.tolist(), strict=True) if stays]
-                memory = self._gather(con, kept, None)
                 state = {
-                    **memory.state_dict(),
+                    **gather(con, kept),
                     "head": refers["head"][keep],
                     "heads": refers["heads"],
                 }
@@ -644,22 +659,98 @@ class SqliteStore(Database):
         or shapes; StoreVersionError; StoreDamagedError where bytes are not those written.
         """
         with self._reading() as con:
-            at = self._require_version(con, version)
-            if which is None:
-                sql, values = _alive("l.state", at)
-                states = [row[0] for row in con.execute(sql + " ORDER BY l.item", values)]
-            elif isinstance(which, Where):
-                sql, values = self._select(con, "l.state", which, at)
-                states = [row[0] for row in con.execute(sql + " ORDER BY l.item", values)]
-            else:
-                place = dict(con.execute(*_alive("l.item, l.state", at)).fetchall())
-                missing = [item for item in which if item not in place]
-                if missing:
-                    raise ValueError(
-                        f"version {at} has no items {missing[:5]}; store.items() lists them"
-                    )
-                states = [place[item] for item in which]
+            states = self._states_of(con, which, self._require_version(con, version))
             return self._gather(con, states, decode)
+
+    def _states_of(
+        self, con: sqlite3.Connection, which: Where | Sequence[int] | None, at: int
+    ) -> list[int]:
+        """Of the items that ``memory`` means, in its order."""
+        if which is None or isinstance(which, Where):
+            sql, values = (
+                _alive("l.state", at) if which is None else self._select(con, "l.state", which, at)
+            )
+            return [row[0] for row in con.execute(sql + " ORDER BY l.item", values)]
+        place = dict(con.execute(*_alive("l.item, l.state", at)).fetchall())
+        missing = [item for item in which if item not in place]
+        if missing:
+            raise ValueError(f"version {at} has no items {missing[:5]}; store.items() lists them")
+        return [place[item] for item in which]
+
+    def inputs(self, items: Sequence[int], *, decode: Decode | None = None) -> Inputs:
+        """See ``MemoryStore.inputs``. Raises StoreDamagedError too."""
+        found = codec.GatheringInputs(len(items))
+        with self._reading() as con:
+            rows = con.execute(
+                "SELECT c.id, c.layout, c.digest, c.input FROM json_each(?) j CROSS JOIN content c "
+                "ON c.id = j.value WHERE EXISTS (SELECT 1 FROM life l WHERE l.item = j.value AND "
+                "l.died IS NULL)",
+                (json.dumps(list(items)),),
+            ).fetchall()  # a statement that is left half-way would keep old pages in the log
+            for wanted, (item, layout, check, data) in zip(items, rows, strict=False):
+                if item != wanted:
+                    break
+                spec = self._input_layout(con, layout)
+                require_digest(spec.spec, (data,), check)
+                found.put(spec, data)
+        if found.count < len(items):
+            raise served.missing(items[found.count :])
+        return found.inputs(decode)
+
+    def serve(
+        self,
+        which: Where | Sequence[int] | None = None,
+        *,
+        decode: Decode | None = None,
+        ahead: int = 2,
+        workers: int = 1,
+    ) -> Memory:
+        """See ``MemoryStore.serve``. Raises as ``memory``, and ValueError for ahead < 0 and fewer
+        than one worker."""
+        with self._reading() as con:
+            states = self._states_of(con, which, newest(con))
+            return self._served(con, states, decode, ahead, workers)
+
+    def _served(
+        self,
+        con: sqlite3.Connection,
+        states: list[int],
+        decode: Decode | None,
+        ahead: int,
+        workers: int,
+    ) -> Memory:
+        folder = Path(served.place_of(self.path))
+        opened = partial(SqliteStore, folder, "r", timeout=self.timeout)
+        source = served.StoredInputs(opened, decode, workers, partial(noted, folder))
+        chosen = json.dumps(states)
+        layouts = con.execute(
+            f"SELECT DISTINCT c.layout FROM state s JOIN content c ON c.id = s.item WHERE s.id IN "
+            f"{_CHOSEN}",
+            (chosen,),
+        ).fetchall()
+        if len(layouts) > 1:
+            raise ValueError(
+                codec.differ(*(self._input_layout(con, n).spec for (n,) in layouts[:2]))
+            )
+        items = [
+            row[0]
+            for row in con.execute(
+                "SELECT s.item FROM json_each(?) j CROSS JOIN state s ON s.id = j.value", (chosen,)
+            )
+        ]
+        if len(items) < len(states):
+            raise StoreDamagedError("rows of items are missing; store.verify() tells which")
+        chunks = (states[i : i + served.CHUNK] for i in range(0, len(states), served.CHUNK))
+        return served.served(source, items, (self._beliefs(con, c) for c in chunks), ahead)
+
+    def _beliefs(self, con: sqlite3.Connection, states: list[int]) -> Memory:
+        """Those states without inputs, each checked against its digest."""
+        rows = con.execute(
+            f"SELECT {_WHOLE} FROM json_each(?) j CROSS JOIN state s ON s.id = j.value",
+            (json.dumps(states),),
+        )
+        found = [self._state(con, row) for row in rows]
+        return codec.believed(served.no_inputs(len(found)), found, _Heads(self, con))
 
     def batch(self, index: Tensor | Sequence[int], *, decode: Decode | None = None) -> Memory:
         """See ``MemoryStore.batch``. Raises ValueError beyond the end, and as ``memory``."""
@@ -1139,6 +1230,7 @@ class _Heads(dict[int, Any]):
         return head
 
 
+_Gather = Callable[[sqlite3.Connection, list[int]], dict[str, Any]]
 _ALIVE = "l.born <= ? AND (l.died IS NULL OR l.died > ?)"
 _CHOSEN = "(SELECT value FROM json_each(?))"
 
