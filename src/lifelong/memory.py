@@ -50,6 +50,7 @@ from .models import (
     take,
 )
 from .models import select as select_rows
+from .notebook import table
 from .scores import Score, outputs, score_batch
 from .serving import Served
 
@@ -80,6 +81,18 @@ class Memory:
 
     def __repr__(self) -> str:
         return f"Memory({len(self):,} examples, {self.num_bytes:,} bytes)"
+
+    def _repr_html_(self) -> str:
+        tasks, counts = self.task.unique(return_counts=True)
+        each = ", ".join(f"{int(t) + 1}: {int(n):,}" for t, n in zip(tasks, counts, strict=True))
+        stands = f"{self.soft_weight.sum():,.0f} by soft, {self.hard_weight.sum():,.0f} by true"
+        rows = [
+            ("examples", f"{len(self):,}"),
+            ("bytes", f"{self.num_bytes:,}"),
+            ("of each task", each if len(tasks) <= 20 else f"{len(tasks)} tasks"),
+            ("stand for", f"{stands} labels"),
+        ]
+        return table("Memory", rows)
 
     def __getitem__(self, index: Tensor | slice) -> Memory:
         """The items ``index``, in that order."""

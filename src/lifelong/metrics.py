@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .data import BATCH_SIZE, Data, batches, head_mask, head_of
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .models import Inputs, evaluating, forward, move, require_finite, rows, take
+from .notebook import table
 
 NUM_BINS = 15
 
@@ -40,6 +41,16 @@ class AccuracyMatrix:
             raise ValueError(f"expected a (T, T) matrix, T >= 1, got shape {tuple(values.shape)}")
         _require_fractions(values, "accuracies")
         object.__setattr__(self, "values", values.detach().cpu().clone())
+
+    def _repr_html_(self) -> str:
+        def text(value: float) -> str:
+            return "" if math.isnan(value) else f"{100 * value:.1f}"
+
+        rows = [(f"after {t + 1}", *map(text, row)) for t, row in enumerate(self.values.tolist())]
+        means = {"average": self.average_accuracy, "forgetting": self.forgetting}
+        known = [f"{n} {100 * v:.1f}" for n, v in means.items() if not math.isnan(v)]
+        columns = [f"on {t + 1}" for t in range(len(rows))]
+        return table("Accuracy (%)", rows, columns=columns, note="; ".join(known))
 
     @classmethod
     def empty(cls, num_tasks: int) -> AccuracyMatrix:

@@ -37,6 +37,7 @@ from .models import (
     require_finite,
     snapshot,
 )
+from .notebook import table
 from .predictive import Predictive, averaged, gaussian_draws, holding, linearised
 from .prior import Prior
 from .recall import Pass
@@ -99,6 +100,14 @@ class Posterior:
 
     def __repr__(self) -> str:
         return f"Posterior({self.curvature!r}, prior_precision={self.prior_precision:.4g})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", f"{sum(m.numel() for m in self.mean.values()):,}"),
+            ("curvature", type(self.curvature).__name__),
+            ("prior precision", f"{self.prior_precision:.4g}"),
+        ]
+        return table("Posterior", rows)
 
     @classmethod
     def laplace(

@@ -70,6 +70,7 @@ from .models import (
     unwrapped,
 )
 from .named import named, unnamed
+from .notebook import table
 from .path import PathIntegral
 from .recall import Pass, Terms
 from .recipe import Recipe
@@ -133,6 +134,18 @@ class Prior:
             f"{self.num_data:,} examples in {self.num_tasks} tasks, {remembered:,} remembered, "
             f"{self.num_bytes:,} bytes)"
         )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("of", f"{self.num_data:,} examples in {self.num_tasks} tasks"),
+            ("likelihood", repr(self.likelihood)),
+            *((type(t).__name__, f"{t.num_bytes:,} bytes") for t in self.terms),
+        ]
+        if self.curvature is not None:
+            rows.append(("G", type(self.curvature).__name__))
+        if self.strengths:
+            rows.append(("strengths", ", ".join(f"{s:.3g}" for s in self.strengths[:20])))
+        return table(f"Prior: {self.recipe.name}", rows)
 
     # ---------------------------------------------------------------- value
 

@@ -42,6 +42,7 @@ from .data import BATCH_SIZE, Batch, Data, Examples, Head, batches, head_of, req
 from .jacobians import gradient as data_gradient
 from .likelihoods import Categorical, Likelihood
 from .models import Params, concat, device_of, evaluating, forward, parameters, snapshot
+from .notebook import table
 from .posterior import Posterior
 from .predictive import holding
 from .prior import Prior
@@ -122,6 +123,19 @@ class FidelityReport:
         """At the samples; along the path where there are none."""
         found = self.samples or self.path
         return float("nan") if found is None else found.fidelity
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            (name, *_told(found).split(", ", 1))
+            for name, found in (("posterior samples", self.samples), ("path", self.path))
+            if found is not None
+        ]
+        rows.append(("anchor", f"error {self.anchor.error:.3g}",
+                     f"beside a gradient of {self.anchor.gradient:.3g}"))  # fmt: skip
+        for name, shares in (("task", self.tasks), ("class", self.classes)):
+            rows += [(f"{name} {key}", f"{share.value:.2f}", "") for key, share in shares.items()]
+        title = f"Fidelity of {self.num_data:,} examples, {self.num_examples:,} read"
+        return table(title, rows)
 
     def __str__(self) -> str:
         lines = [f"fidelity of {self.num_data:,} examples, {self.num_examples:,} read"]
