@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PINS := $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-ui lint bench tables clean
+.PHONY: help demo test test-integrations test-ui docs lint bench tables clean
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ lint: $(VENV)/.dev ## linters and type checker only
 bench: $(VENV)/.dev ## speed, as ratios to plain PyTorch in the same run
 	@$(ONE_THREAD) $(BIN)/python -m pytest benchmarks --benchmark-enable $(PYTEST)
 
+docs: $(VENV)/.docs ## the documentation as a site, in build/site; links checked, built offline
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "build/site/index.html"
+
 tables: $(VENV)/.dev ## all tables at equal memory (hours, resumable); LIFELONG_DATA=DIR
 	@$(BIN)/python -m benchmarks.tables
 
@@ -85,6 +88,11 @@ $(VENV)/.integrations: $(VENV)/.dev
 $(VENV)/.ui: $(VENV)/.dev
 	@echo "== installing what drives a browser, about 150 MB"
 	@$(PIP) --editable '.[dev,test-ui]' --constraint $(PINS)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "== installing what builds the site, about 70 MB"
+	@$(PIP) --editable '.[dev,docs]' --constraint $(PINS)
 	@touch $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.
