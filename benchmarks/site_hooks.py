@@ -1,5 +1,5 @@
-"""For `make docs`: a site has no files outside of docs/ (records, examples, sources), so links to them
-become their names. In the repository they lead where they say, which tests/test_docs.py checks.
+"""For `make docs`: a site has no files outside of docs/ (records, examples, sources), so links to
+them become their names. In the repository they lead where they say; tests/test_docs.py checks it.
 """
 
 from __future__ import annotations
