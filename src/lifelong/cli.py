@@ -51,7 +51,7 @@ commands:
   plan         estimate memory, time and price of a long run before it starts
   memory       look into a memory on disk; drop, restore and forget examples
   report       one page of runs, and their figures and tables as files
-  ui           the same and more in a browser: pictures, learning curves, changes
+  ui           a page in the browser: what is remembered, learning curves, changes
   certificate  check a certificate of unlearning, or make a key to sign with
 
 options:
