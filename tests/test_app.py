@@ -195,6 +195,18 @@ def test_every_answer_forbids_what_is_not_from_here(page: Client) -> None:
         assert "<script>" not in text
 
 
+def test_as_many_as_may_be_chosen_are_dropped(tmp_path: Path) -> None:
+    from lifelong.app.server import MOST_CHOSEN
+
+    place = store_of(tmp_path / "store", items_of(MOST_CHOSEN + 2))
+    with served(workspace(place)) as page:
+        chosen = [("items", n) for n in range(1, MOST_CHOSEN + 1)]
+        more = [*chosen, ("items", MOST_CHOSEN + 1), ("version", 1)]
+        assert page.post("/changes/drop", more).status == 422
+        assert page.post("/changes/drop", [*chosen, ("version", 1)]).status == 200
+        assert page.get("/api/memory").json["total"] == 2
+
+
 def test_too_much_at_once_is_refused(page: Client) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": page.origin}
     found = page.send("POST", "/changes/drop", b"", {**form, "Content-Length": str(10**9)})

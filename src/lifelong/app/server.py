@@ -35,7 +35,7 @@ from .safety import Gate
 from .workspace import Step, Workspace, refresh
 
 PAGE_SIZE = 60
-MOST_CHOSEN = 5_000  # items in one request
+MOST_CHOSEN = 900  # items in one request: starlette reads 1,000 fields of a form
 THUMBNAILS = 4_000  # kept in memory, a few kilobytes each
 Chosen = Annotated[list[int], Form(max_length=MOST_CHOSEN)]
 Seen = Annotated[int, Form(ge=0)]  # the version of the store that the asker has seen
