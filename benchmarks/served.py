@@ -63,9 +63,9 @@ class Config:
 
 
 FULL = (
-    Config("pixels", 20_000, 64, 20),
-    Config("pixels", 2_000, 224, 20),
-    Config("jpeg", 20_000, 64, 20),
+    Config("pixels", 20_000, 64, 8),
+    Config("pixels", 2_000, 224, 8),
+    Config("jpeg", 20_000, 64, 8),
 )
 SMOKE = (Config("pixels", 40, 16, 4, batch=4, rounds=2, inner=3),)
 

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         variance_from_optimizer,
     )
     from .store import MemoryStore, open_store
+    from .streaming import Stream
     from .streams import Task, TaskStream, blurred, by_time, permuted, rotated, split_by_class
     from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
     from .variational import IVON, VOGN, VON, Vadam, gaussian_posterior
@@ -132,6 +133,7 @@ __all__ = [
     "SensitivityTrace",
     "StaleAnchorError",
     "StoreError",
+    "Stream",
     "Task",
     "TaskStream",
     "Trail",
@@ -299,6 +301,7 @@ _MODULES = {
         "MemoryStore",
         "open_store",
     ),
+    "streaming": ("Stream",),
     "streams": (
         "Task",
         "TaskStream",

@@ -1,19 +1,28 @@
 """Data as the library sees them: examples with ids, in a fixed order, a batch at a time.
 
 ``Examples`` holds arrays; ``batches`` also reads (inputs, labels) pairs, any map-style ``Dataset``
-of (input, label), a ``DataLoader`` that does not shuffle, and any re-iterable of (inputs, labels)
-batches. The id of an example is its position, unless ``Examples.ids`` says otherwise.
+of (input, label), any ``IterableDataset`` of them (``streaming.Stream`` makes one), Hugging Face's
+data sets, a ``DataLoader`` that does not shuffle, and any re-iterable of (inputs, labels) batches.
+The id of an example is its position, unless ``Examples.ids`` says otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from .distributed import Ranks
 from .errors import NotRepeatableError
@@ -139,7 +148,7 @@ def shard(data: Data, ranks: Ranks | None = None, *, ids: Tensor | None = None) 
 
 
 def _is_empty(data: Any) -> bool:
-    return isinstance(data, Dataset) and hasattr(data, "__len__") and len(data) == 0  # type: ignore[arg-type]
+    return isinstance(data, Dataset) and _length(data) == 0
 
 
 def summed(data: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -218,7 +227,8 @@ def among(ids: Tensor, known: Tensor) -> Tensor:
 def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
     """The data once, in order, as ``Batch``; the last one may be smaller.
 
-    Raises ValueError where there is not one example, TypeError where the data are not read so.
+    Raises ValueError where there is not one example, or another number than a stream says,
+    TypeError where the data are not read so.
     """
     data = as_data(data)
     if isinstance(data, Shard):
@@ -236,6 +246,11 @@ def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
         start += n
     if start == 0:
         raise ValueError("the data hold no examples; pass a task with at least one")
+    said = _length(data) if _is_stream(data) else None
+    if said is not None and said != start:
+        raise ValueError(
+            f"the stream says that it has {said} examples, and gave {start}; pass its true length"
+        )
 
 
 def _of_shard(data: Shard, batch_size: int) -> Iterator[Batch]:
@@ -252,8 +267,14 @@ def _read(data: Any, batch_size: int) -> Iterator[tuple[Inputs, Any, Tensor | No
     if isinstance(data, Examples):
         for i in range(0, len(data), batch_size):
             yield data.batch(slice(i, i + batch_size))
+    elif _is_stream(data):
+        with torch.random.fork_rng(devices=[]):
+            items = iter(data)
+        while part := list(islice(items, batch_size)):
+            inputs, labels = _examples(part)
+            yield inputs, labels, None
     elif isinstance(data, DataLoader) or (
-        not isinstance(data, Dataset) and isinstance(data, Iterable)
+        not isinstance(data, Dataset) and isinstance(data, Iterable) and not _is_table(data)
     ):
         if isinstance(data, Iterator):
             raise TypeError(
@@ -266,16 +287,46 @@ def _read(data: Any, batch_size: int) -> Iterator[tuple[Inputs, Any, Tensor | No
             inputs, labels = _pair(item)
             yield inputs, labels, None
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        n = len(data)  # type: ignore[arg-type]
+        table: Any = data
+        n = len(table)
         for i in range(0, n, batch_size):
-            items = [data[j] for j in range(i, min(n, i + batch_size))]
-            inputs, labels = _pair(default_collate(items))
+            inputs, labels = _examples([table[j] for j in range(i, min(n, i + batch_size))])
             yield inputs, labels, None
     else:
         raise TypeError(
             f"cannot read {type(data).__name__}: expected Examples, a pair (inputs, labels), "
-            "a map-style Dataset, a DataLoader, or an iterable of (inputs, labels) batches"
+            "a map-style Dataset, an IterableDataset, a DataLoader, or an iterable of (inputs, "
+            "labels) batches"
         )
+
+
+def _is_table(data: Any) -> bool:
+    """Of Hugging Face's ``datasets``, which gives single examples as dicts."""
+    return hasattr(data, "column_names") and hasattr(data, "with_format")
+
+
+def _is_stream(data: Any) -> bool:
+    """Whether it is iterated for single examples, where a loader gives batches."""
+    return isinstance(data, IterableDataset) or (_is_table(data) and _length(data) is None)
+
+
+def _length(data: Any) -> int | None:
+    """As the data tell it, without reading."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _examples(items: list[Any]) -> tuple[Inputs, Any]:
+    """Single examples (input, label), or dicts of columns, as a batch."""
+    if isinstance(items[0], Mapping) and "labels" not in items[0]:
+        raise TypeError(
+            "expected examples (input, label), or dicts with the key 'labels', got a dict of "
+            f"{sorted(map(str, items[0]))[:8]}; pass lifelong.Stream(data, lambda row: (input, "
+            "label)), or rename the column"
+        )
+    return _pair(default_collate(items))
 
 
 def _pair(item: Any) -> tuple[Inputs, Any]:
@@ -290,17 +341,34 @@ def _pair(item: Any) -> tuple[Inputs, Any]:
 
 
 def num_examples(data: Data) -> int:
-    """How many examples one pass over the data gives, of all ranks where they are a ``Shard``."""
+    """How many examples one pass over the data gives, of all ranks where they are a ``Shard``.
+
+    Loaders that do not tell and iterables of batches are read to count them. Raises TypeError for a
+    stream that does not know.
+    """
+    data = as_data(data)
+    known = num_known(data)
+    if known is not None:
+        return known
+    if _is_stream(data):
+        raise TypeError(
+            f"how many examples there are is needed here, and a {type(data).__name__} does not "
+            "tell; pass lifelong.Stream(data, length=N). Curvature, scores and memorise(budget=M) "
+            "do without"
+        )
+    return sum(len(batch.labels) for batch in batches(data))
+
+
+def num_known(data: Data) -> int | None:
+    """As ``num_examples``, but None where the data would have to be read to tell."""
     data = as_data(data)
     if isinstance(data, Shard):
         return data.total
     if isinstance(data, DataLoader):
-        whole = type(data.sampler) is SequentialSampler and data.batch_size and not data.drop_last
-        if whole and hasattr(data.dataset, "__len__"):  # a Dataset, a list, a table of datasets'
-            return len(data.dataset)  # type: ignore[arg-type]
-    if isinstance(data, Dataset) and hasattr(data, "__len__"):
-        return len(data)  # type: ignore[arg-type]
-    return sum(len(batch.labels) for batch in batches(data))
+        sampled = type(data.sampler) is SequentialSampler or _is_stream(data.dataset)
+        whole = sampled and data.batch_size and not data.drop_last
+        return _length(data.dataset) if whole else None
+    return _length(data) if isinstance(data, Dataset) or _is_table(data) else None
 
 
 def num_local(data: Shard) -> int:

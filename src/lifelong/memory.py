@@ -32,6 +32,7 @@ from .data import (
     head_mask,
     head_of,
     num_examples,
+    num_known,
 )
 from .distributed import Ranks
 from .likelihoods import Likelihood
@@ -370,12 +371,7 @@ def memorise(
     if ids is None and score == "k_centre":
         ids = _k_centre_ids(passing, size)
     if ids is None and size is not None:
-        available = num_examples(data)
-        if size > available > 0:  # of no data at all ``batches`` tells
-            raise ValueError(
-                f"a memory of {size} examples was asked for, but the task has {available}; "
-                f"pass memory={available} or less"
-            )
+        _require_enough(size, num_known(data))
     if ids is not None or size is None:
         return _gather(passing, None if ids is None else torch.as_tensor(ids))
 
@@ -408,6 +404,7 @@ def memorise(
             bar = select.bar(pool.keys, labels, size, descending=descending)
     if pool is None:  # batches() raises before; this tells the type checker so
         raise ValueError("the data hold no examples")
+    _require_enough(size, len(pool.keys))  # of data whose number was not known
     labels = classes(pool.labels)
     if labels is None:
         chosen = select.top_k(pool.keys, size, descending=descending)
@@ -420,6 +417,14 @@ def memorise(
             parts = [batch.rows(slice(i, i + batch_size)) for i in range(0, size, batch_size)]
             f = torch.cat([outputs(model, part, likelihood, None) for part in parts])
     return passing.items(batch, f)
+
+
+def _require_enough(size: int, available: int | None) -> None:
+    if available is not None and size > available > 0:  # of no data at all ``batches`` tells
+        raise ValueError(
+            f"a memory of {size} examples was asked for, but the task has {available}; "
+            f"pass memory={available} or less"
+        )
 
 
 _GROUP = 16 * 2**20  # bytes of inputs that are held until one selection is made among them
@@ -583,11 +588,7 @@ def _of_all_ranks(passing: _Pass, by: _Choice, ids: Tensor | None) -> Memory:
     elif by.size is None:
         wanted = every
     else:
-        if by.size > len(every):
-            raise ValueError(
-                f"a memory of {by.size} examples was asked for, but the task has {len(every)}; "
-                f"pass memory={len(every)} or less"
-            )
+        _require_enough(by.size, len(every))
         wanted = every[_chosen_positions(passing, by, len(every))]
     parts = []
     ordered = wanted.sort().values
