@@ -55,6 +55,7 @@ TRIALS = (
     Trial("diagonal, 10 epochs", "recommended", {"structure": "diagonal"}, training={"epochs": 10}),
     Trial("diagonal, strength 4", settings={"strength": 4.0}),
     Trial("kronecker", "recommended", KRONECKER),
+    Trial("kronecker, stored", "recommended", KRONECKER, recipe={"gradient": "stored"}),
     Trial("kronecker, strength 1", settings={**KRONECKER, "strength": 1.0}),
     Trial(
         "kronecker, strength 1, a product for each task",
