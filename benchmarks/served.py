@@ -19,6 +19,7 @@ sides are compared bit for bit on the way.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lifelong import Categorical, Prior
@@ -108,11 +110,12 @@ def memory_of(inputs: Tensor, seed: int) -> Memory:
 
 
 def photos(folder: Path, count: int) -> list[bytes]:
-    """JPEG files as they came, of one size."""
+    """JPEG files as they came, of one size; a few are grey, and left out."""
     found: list[bytes] = []
     for path in find(folder, "tiny_imagenet"):
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["image"]):
-            found += [row["bytes"] for row in batch["image"].to_pylist()]
+            every = (row["bytes"] for row in batch["image"].to_pylist())
+            found += [one for one in every if Image.open(io.BytesIO(one)).mode == "RGB"]
             if len(found) >= count:
                 return found[:count]
     return found
