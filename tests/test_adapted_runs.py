@@ -80,6 +80,7 @@ def test_help(command):
     for part in (
         "add",
         "remove",
+        "relabel",
         "regularise",
         "transfer",
         "lifelong adapt remove runs/x --label 3",
@@ -90,6 +91,7 @@ def test_help(command):
     for kind, flag in (
         ("add", "--from FILE"),
         ("remove", "--label INT"),
+        ("relabel", "--to INT,..."),
         ("regularise", "--precision FLOAT"),
         ("transfer", "--keep INT"),
     ):
@@ -295,6 +297,40 @@ def test_a_chain_of_all_kinds(run, command):
     assert cli.main(["run", "--resume", str(last)]) == 2
 
 
+def test_labels_are_corrected(run, command):
+    before = files(run)
+    memory = prior_of(run).memory
+    kept = memory[(memory.task == 0).nonzero().squeeze(1)]
+    ids = ",".join(str(int(i)) for i in kept.origin[:2])
+    new = [1 - int(y) for y in kept.labels[:2]]
+    to = ",".join(map(str, new))
+    code, out, err = command("relabel", run, "--ids", ids, "--task", 1, "--to", to,
+                             "--out", "right", "--seed", 0, *FEW)  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "Relabelled examples" in out
+    assert files(run) == before
+    content = json.loads(Path("right", ADAPTATION).read_text())
+    origins = [int(i) for i in kept.origin[:2]]
+    labels = {str(i): y for i, y in zip(origins, new, strict=True)}
+    assert content["change"] == {"kind": "relabel", "labels": {"0": labels}}
+    (result,) = content["seeds"]
+    assert result["relabelled"] == 2
+    after = prior_of(Path("right")).memory
+    place = {(int(t), int(i)): n for n, (t, i) in enumerate(zip(after.task, after.origin))}
+    for i, y in zip(origins, new, strict=True):
+        assert int(after.labels[place[0, i]]) == y
+    assert len(after) == len(memory)
+    # The data of the adapted run have the right labels too: they can leave by them, or go back.
+    code, out, err = command("remove", "right", "--ids", ids, "--task", 1, "--out", "gone", *FEW)
+    assert (code, err) == (0, "")
+    assert len(prior_of(Path("gone")).memory) == len(memory) - 2
+    back = ",".join(str(1 - y) for y in new)
+    code, out, err = command("relabel", "right", "--ids", ids, "--task", 1, "--to", back,
+                             "--out", "back", *FEW)  # fmt: skip
+    assert (code, err) == (0, "")
+    assert len(json.loads(Path("back", "config.json").read_text())["adaptations"]["steps"]) == 2
+
+
 def test_other_hidden_layers_note_what_they_leave(run, command):
     code, out, err = command(
         "transfer", run, "--hidden", "8,8", "--out", "y", "--max-iterations", "2"
@@ -347,6 +383,11 @@ def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypa
         (("add", "RUN", "--from", "none.npz"), "none.npz"),
         (("add", "RUN", "--from", "wide.npz"), "holds inputs of shape (3,), the run learned (2,)"),
         (("add", "RUN", "--from", "wide.npz", "--head", "a"), "--head wants whole numbers"),
+        (("relabel", "RUN", "--ids", "3"), "say what to correct: --ids 17,42 --to 3"),
+        (("relabel", "RUN", "--ids", "3,3", "--to", "1"), "give each id once"),
+        (("relabel", "RUN", "--ids", "0,1", "--task", "1", "--to", "1,1,0"), "each of the 2 ids"),
+        (("relabel", "RUN", "--ids", "0", "--task", "1", "--to", "7"), "--to 7: the classes of"),
+        (("relabel", "RUN", "--ids", "99999", "--to", "1"), "99999 is not among the examples"),
         (("regularise", "RUN"), "say what to change: --precision 0.1"),
         (("regularise", "RUN", "--precision", "-1"), "--precision must be a number of at least 0"),
         (("transfer", "RUN"), "say what to change: --hidden 64,64"),

@@ -1,4 +1,4 @@
-"""Adapted runs: a saved run, changed in one of four ways, in a folder of its own.
+"""Adapted runs: a saved run, changed in one of five ways, in a folder of its own.
 
     adapt(Path("runs/x"), Path("runs/y"), Remove(label=3))
 
@@ -79,6 +79,16 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class Relabel:
+    """Correct labels: those of the examples with these ids, of this task (from 1); label: one for
+    all of them, or one for each."""
+
+    ids: tuple[int, ...]
+    label: int | tuple[int, ...]
+    task: int | None = None
+
+
+@dataclass(frozen=True)
 class Regularise:
     """R = ½ precision ‖theta‖² instead."""
 
@@ -95,7 +105,7 @@ class Transfer:
     keep: tuple[int, ...] | None = None
 
 
-Change = Add | Remove | Regularise | Transfer
+Change = Add | Remove | Relabel | Regularise | Transfer
 Added = tuple[Examples, Examples | None]  # examples to learn, their test examples
 
 
@@ -121,9 +131,9 @@ class Past:
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """The learner after the change, what was taken out of which task, and the cost. clipped: the
-    largest part of a curvature that was to leave and stays; not_held: of how many of the removed
-    the prior held nothing."""
+    """The learner after the change, what was removed or relabelled of which task, and the cost.
+    clipped: the largest part of a curvature that was to leave and stays; not_held: of how many of
+    the removed the prior held nothing."""
 
     learner: Learner
     removed: Mapping[int, Examples]
@@ -170,6 +180,7 @@ def adapt(
     plan, before = prepare(config), _history(run)
     results: list[dict[str, Any]] = []
     learned, step = 0, {}
+    name = "relabelled" if isinstance(change, Relabel) else "removed"
     added: Added | None = None
     near = next(folder for folder in out.absolute().parents if folder.exists())
     place = Path(tempfile.mkdtemp(dir=near, prefix=f".{out.name}."))
@@ -183,17 +194,20 @@ def adapt(
                     f"the run end (lifelong run --resume {run}), or choose one by --seed"
                 )
             learned = len(past.train)
-            removed = _chosen(change, past) if isinstance(change, Remove) else {}
+            removed = _chosen(change, past) if isinstance(change, Remove | Relabel) else {}
+            if isinstance(change, Relabel):
+                _require_labels(change, removed, past.outputs)
             step = _step(change, removed, 1 + len(before["steps"] if before else []))
             what = change
             if isinstance(what, Add):
                 added = added or _added(what, past, plan)  # a file is read once
                 what = added[0]
-            tests = _accuracies(learner.model, past, removed)
+            right = _corrected(change, removed) if isinstance(change, Relabel) else removed
+            tests = _accuracies(learner.model, past, right)
             origin = (copy.deepcopy(learner.model), learner.prior)
             found = _change(learner, past, what, removed, plan, options)
             after = _after(past, step, added)
-            result = _result(number, found, tests, _accuracies(learner.model, after, removed))
+            result = _result(number, name, found, tests, _accuracies(learner.model, after, right))
             fresh = None
             if compare:
                 result["retrained"], fresh = _retrained(learner, after, plan, number, options)
@@ -287,13 +301,13 @@ def _network(plan: Plan, past: Past) -> nn.Module:
     return mlp(*sizes, activation=kinds[0] if kinds else nn.ReLU)
 
 
-# -------------------------------------------------------------------- the four changes
+# -------------------------------------------------------------------- the five changes
 
 
 def _change(
     learner: Learner,
     past: Past,
-    change: Examples | Remove | Regularise | Transfer,
+    change: Examples | Remove | Relabel | Regularise | Transfer,
     removed: Mapping[int, Examples],
     plan: Plan,
     options: Mapping[str, Any],
@@ -309,6 +323,13 @@ def _change(
             for task, others in some:  # one refit for all of them
                 learner.prior = learner.prior.forget(learner.model, others, task=task, **how)
             cost = learner.remove(examples, task=last, **how, **options)
+        elif isinstance(change, Relabel):
+            right = _corrected(change, removed)
+            *some, (last, examples) = removed.items()
+            for task, others in some:
+                labels = right[task].labels
+                learner.prior = learner.prior.relabel(learner.model, others, labels, task=task)
+            cost = learner.relabel(examples, right[last].labels, task=last, **options)
         elif isinstance(change, Regularise):
             cost = learner.regularise(change.precision, **options)
         else:
@@ -354,9 +375,40 @@ def _added(change: Add, past: Past, plan: Plan) -> Added:
     return replace(examples, head=change.head), None
 
 
-def _chosen(change: Remove, past: Past) -> dict[int, Examples]:
-    """Task -> its examples that leave."""
-    if change.ids is None and change.task is None and change.label is None:
+def _labels_of(change: Relabel) -> dict[int, int]:
+    """Id -> its right label."""
+    if isinstance(change.label, int):
+        return dict.fromkeys(change.ids, change.label)
+    if len(change.label) != len(change.ids):
+        raise UsageError(
+            f"--to: expected one label, or one for each of the {len(change.ids)} ids, got "
+            f"{len(change.label)}"
+        )
+    return dict(zip(change.ids, change.label, strict=True))
+
+
+def _corrected(change: Relabel, chosen: Mapping[int, Examples]) -> dict[int, Examples]:
+    """The same examples with their right labels."""
+    right = _labels_of(change)
+    return {
+        task: replace(e, labels=torch.tensor([right[int(i)] for i in e.ids]).to(e.labels))
+        for task, e in chosen.items()
+    }
+
+
+def _require_labels(change: Relabel, chosen: Mapping[int, Examples], outputs: int) -> None:
+    for examples in _corrected(change, chosen).values():
+        known = range(outputs) if examples.head is None else examples.head
+        wrong = sorted({int(y) for y in examples.labels} - set(known))
+        if wrong:
+            listed = ", ".join(map(str, sorted(known)[:20]))
+            raise UsageError(f"--to {wrong[0]}: the classes of these examples are {listed}")
+
+
+def _chosen(change: Remove | Relabel, past: Past) -> dict[int, Examples]:
+    """Task -> its examples that leave, or get another label."""
+    label = change.label if isinstance(change, Remove) else None
+    if change.ids is None and change.task is None and label is None:
         raise UsageError("say what to remove: --ids 3,5,9 or --ids @FILE, --task N, --label C")
     if change.task is not None and not 1 <= change.task <= len(past.train):
         raise UsageError(f"--task {change.task}: the run has learned tasks 1 to {len(past.train)}")
@@ -367,8 +419,8 @@ def _chosen(change: Remove, past: Past) -> dict[int, Examples]:
         which = torch.ones(len(examples), dtype=torch.bool)
         if change.ids is not None:
             which &= torch.isin(examples.ids, torch.tensor(change.ids))
-        if change.label is not None:
-            which &= examples.labels == change.label
+        if label is not None:
+            which &= examples.labels == label
         if bool(which.any()):
             found[index] = examples[which.nonzero().squeeze(1)]
     of = "" if change.task is None else f" of task {change.task}"
@@ -385,9 +437,9 @@ def _chosen(change: Remove, past: Past) -> dict[int, Examples]:
             raise UsageError("--ids: several tasks have examples of these ids; say --task N, too")
     if not found:
         raise UsageError(
-            f"nothing to remove: no example{of} with label {change.label} is among those that the "
+            f"nothing to remove: no example{of} with label {label} is among those that the "
             "run has learned and still knows"
-            if change.label is not None
+            if label is not None
             else f"nothing to remove: no example{of} is left"
         )
     return found
@@ -442,6 +494,10 @@ def _step(change: Change, removed: Mapping[int, Examples], number: int) -> dict[
     kind = type(change).__name__.lower()
     if isinstance(change, Remove):
         return {"kind": kind, "ids": {str(t): e.ids.tolist() for t, e in removed.items()}}
+    if isinstance(change, Relabel):
+        right = _labels_of(change)
+        labels = {str(t): {str(int(i)): right[int(i)] for i in e.ids} for t, e in removed.items()}
+        return {"kind": kind, "labels": labels}
     values = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in asdict(change).items()}
     step = {"kind": kind, **{k: v for k, v in values.items() if v is not None}}
     return {**step, "copy": f"added-{number}.safetensors"} if "file" in step else step
@@ -499,6 +555,11 @@ def _after(past: Past, step: Mapping[str, Any], added: Added | None) -> Past:
             kept = ~torch.isin(examples.ids, torch.tensor(ids))
             train[int(task)] = examples[kept.nonzero().squeeze(1)]
         return replace(past, train=tuple(train))
+    if step["kind"] == "relabel":
+        train = list(past.train)
+        for task, labels in step["labels"].items():
+            train[int(task)] = _with_labels(train[int(task)], labels)
+        return replace(past, train=tuple(train))
     if step["kind"] == "transfer":
         hidden, keep = step.get("hidden"), step.get("keep")
         change = Transfer(
@@ -516,6 +577,14 @@ def _after(past: Past, step: Mapping[str, Any], added: Added | None) -> Past:
             )
         return past if change.hidden is None else replace(past, hidden=change.hidden)
     return past
+
+
+def _with_labels(examples: Examples, labels: Mapping[str, int]) -> Examples:
+    """With these labels, by id; ids that it does not have are of examples that have left."""
+    values = examples.labels.clone()
+    for name, label in labels.items():
+        values[examples.ids == int(name)] = label
+    return replace(examples, labels=values)
 
 
 def _relabelled(examples: Examples, classes: Sequence[int | None]) -> Examples:
@@ -552,6 +621,7 @@ def _mean(model: nn.Module, tests: Iterable[Examples | None]) -> float | None:
 
 def _result(
     seed: int,
+    name: str,
     found: Adapted,
     before: tuple[float | None, float | None],
     after: tuple[float | None, float | None],
@@ -562,11 +632,7 @@ def _result(
         "seed": seed,
         "accuracy_before": before[0],
         "accuracy_after": after[0],
-        **(
-            {"removed": count, "removed_before": before[1], "removed_after": after[1]}
-            if count
-            else {}
-        ),
+        **({name: count, f"{name}_before": before[1], f"{name}_after": after[1]} if count else {}),
         **{n: cost[n] for n in ("method", "iterations", "gradients", "seconds", "converged")},
         "notes": list(found.notes),
     }

@@ -246,9 +246,26 @@ class Learner:
                 head=head,
                 on_indefinite=on_indefinite,
             )
-            chosen = (options.pop(name, default) for name, default in _OF_REFIT.items())
-            method, steps = steps_of_removal(self.model, prior, *chosen)
-            done = refit(self.model, prior, method=method, max_iterations=steps, **options)
+            done = self._in_few_steps(prior, options)
+            finish(prior.rebase(self.model), self.model)
+        return done
+
+    def relabel(
+        self,
+        data: Task | Examples,
+        labels: Tensor | Sequence[Any],
+        *,
+        task: int | None = None,
+        head: Head | None = None,
+        **options: Any,
+    ) -> Refit:
+        """Correct labels of the past: ``Prior.relabel`` (which says what the arguments are), and a
+        refit to what the examples say now. A network takes a few steps, as in ``remove``. Raises
+        as ``Prior.relabel`` and ``add``."""
+        examples = data.train if isinstance(data, Task) else data
+        with self._adapting() as finish:
+            prior = self.prior.relabel(self.model, examples, labels, task=task, head=head)
+            done = self._in_few_steps(prior, options)
             finish(prior.rebase(self.model), self.model)
         return done
 
@@ -320,6 +337,13 @@ class Learner:
             raise
         self._initial = before
         return done
+
+    def _in_few_steps(self, prior: Prior, options: Mapping[str, Any]) -> Refit:
+        """A refit after what can be trusted near the anchor alone (``steps_of_removal``)."""
+        rest = dict(options)
+        chosen = (rest.pop(name, default) for name, default in _OF_REFIT.items())
+        method, steps = steps_of_removal(self.model, prior, *chosen)
+        return refit(self.model, prior, method=method, max_iterations=steps, **rest)
 
     @contextmanager
     def _adapting(self) -> Iterator[Callable[[Prior, nn.Module], None]]:

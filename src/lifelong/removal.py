@@ -1,7 +1,8 @@
-r"""Forget examples: what they said is taken out of memory, gradient and curvature.
+r"""Forget examples: what they said is taken out of memory, gradient and curvature; or relabel
+them: they say something else.
 
-Pure functions from terms to terms; ``Prior.forget`` and ``Prior.recall`` (the shares of groups)
-call them. Source: Khan & Swaroop 2021.
+Pure functions from terms to terms; ``Prior.forget``, ``Prior.relabel`` and ``Prior.update`` (the
+shares of groups) call them. Source: Khan & Swaroop 2021.
 """
 
 from __future__ import annotations
@@ -209,6 +210,123 @@ def forget(
         clipped=clipped,
         not_held=not_held,
     )
+
+
+def relabel(
+    terms: Terms,
+    recipe: Recipe,
+    over: Pass,
+    labels: Tensor,
+    *,
+    likelihood: Any,
+    task: int | None = None,
+    beliefs: tuple[float, ...] = (1.0,),
+    strengths: tuple[float, ...] = (1.0,),
+) -> tuple[Terms, int]:
+    """The terms with other labels for the examples ``over``, and of how many nothing was held.
+
+    See ``Prior.relabel``; beliefs, strengths: as ``forget``.
+    """
+    weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
+    _require_labels_apart(recipe, weight, beliefs)
+    ids = _ids(over)
+    if len(set(ids.tolist())) < len(ids):
+        raise ValueError("each example may be given once; some of these ids are given twice")
+    if len(labels) != len(ids):
+        raise ValueError(f"expected a label for each of the {len(ids)} examples, got {len(labels)}")
+    place = {i: n for n, i in enumerate(ids.tolist())}
+    old, new, kept_terms = [], [], []
+    for term in terms:
+        if isinstance(term, MemoryTerm):
+            memory = term.memory
+            which = _chosen(memory, task, ids, None).nonzero().squeeze(1)
+            at = torch.tensor([place[i] for i in memory.origin[which].tolist()], dtype=torch.int64)
+            changed = _by_label(memory, which, labels[at.to(labels.device)], beliefs)
+            old.append(memory[which])
+            new.append(changed[which])
+            term = replace(term, memory=changed)
+        kept_terms.append(term)
+    if task is None and _of_several_tasks(old):
+        raise ValueError("the memory holds these ids of several tasks; say which by task=")
+    if not _are_the_given(old, over):
+        raise ValueError(
+            "some of these ids are remembered with other inputs or labels than those given: pass "
+            "the examples as they were learned, with the labels that they had, and their task"
+        )
+    for items in new:
+        likelihood.validate(items.reference, items.labels, items.mask)
+    held = torch.cat([m.origin.cpu() for m in old]) if old else ids[:0]
+    others = ~torch.isin(ids, held)
+    in_g = weight is not None and recipe.gradient != "none"
+    not_held = 0 if in_g else int(others.sum())
+    if not_held == len(ids):
+        raise ValueError(
+            f"the {recipe.name} prior holds nothing of the labels of these examples: they are not "
+            "in memory, and it keeps no gradient of the past; learn them again with their labels"
+        )
+    if weight is None or not in_g:
+        return tuple(kept_terms), not_held
+    g = weight.gradient
+    if g is None:  # None stood for 0
+        g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}
+    with _at_anchor(over.model, weight.anchor), evaluating(over.model):
+        for before, after in zip(old, new, strict=True):
+            for items, sign in ((before, -1.0), (after, 1.0)):
+                within = _in_gradient(items, beliefs)
+                if bool((within != 0).any()):
+                    g = plus(g, _residual_slope(over.model, items, likelihood, within), sign)
+        if bool(others.any()):
+            _, belief = _of_task(recipe, task, beliefs, strengths)
+            rest = _rows(over, others)
+            right = replace(rest, labels=labels[others].to(rest.labels))
+            for data, sign in ((right, belief), (rest, -belief)):
+                slope = data_gradient(
+                    over.model, data, likelihood, head=over.head, batch_size=over.batch_size
+                )
+                g = plus(g, slope, sign)
+    changed_weight = replace(weight, gradient=g)
+    return tuple(changed_weight if t is weight else t for t in kept_terms), not_held
+
+
+def _by_label(memory: Memory, which: Tensor, labels: Tensor, beliefs: tuple[float, ...]) -> Memory:
+    """With these labels for the items ``which``, each counting itself by its label from now on.
+
+    Its soft label came of the wrong one. And s D(f*, f) + <Jᵀ (h(f*) - t(y)), d> with another y
+    is not bounded below: no f has h(f) = h(f*) + t(y') - t(y). Its nll is, and it is the same
+    function of a generalised linear model's weights.
+    """
+    values, soft = memory.labels.clone(), memory.soft_weight
+    hard = memory.hard_weight.clone()
+    values[which] = labels.to(values)
+    hard[which] = torch.maximum(hard, each_of(beliefs, memory).to(hard))[which]
+    soft = (soft - (hard - memory.hard_weight)).clamp(min=0)
+    return replace(memory, labels=values, soft_weight=soft, hard_weight=hard)
+
+
+def _require_labels_apart(
+    recipe: Recipe, weight: WeightTerm | None, beliefs: tuple[float, ...]
+) -> None:
+    """Raise ValueError for a prior in which one example's label cannot be changed."""
+    instead = "forget the examples and learn them again with their labels"
+    if recipe.kernel or recipe.structure == "path" or recipe.compact:
+        raise ValueError(
+            f"the {recipe.name} prior mixes its examples in kernels, a path or learned vectors, so "
+            "that none of them can be relabelled; use a prior with a memory or a curvature"
+        )
+    if recipe.gradient == "carried" and len(beliefs) > 1:
+        raise ValueError(
+            f"the {recipe.name} prior takes each of its {len(beliefs)} tasks to be flat at its own "
+            f"anchor, so its g does not hold what labels said; {instead}"
+        )
+    if recipe.structure is not None and recipe.estimator == "empirical":
+        raise ValueError(
+            "the curvature of this prior is of the true labels (estimator 'empirical'), so that it "
+            f"would have to change, too; {instead}, or use the estimator 'exact'"
+        )
+    if weight is not None and weight.groups is not None:
+        raise ValueError(
+            f"this prior keeps a sum for each group, which holds the old labels; {instead}"
+        )
 
 
 def _is_held(share: Share, weight: WeightTerm | None) -> bool:

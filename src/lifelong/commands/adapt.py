@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from ..adapted_runs import Certifying, Change
 
 ABOUT = """\
-usage: lifelong adapt {add,remove,regularise,transfer} RUN --out NEW [OPTIONS]
+usage: lifelong adapt {add,remove,relabel,regularise,transfer} RUN --out NEW [OPTIONS]
 
 Change what a saved run has learned, without learning it again.
 
 kinds:
   add         learn the next task, or the examples of a file
   remove      unlearn examples, by id, task or class
+  relabel     correct the labels of examples
   regularise  another precision of the weights
   transfer    other hidden layers, more classes, fewer classes
 
@@ -37,6 +38,7 @@ examples:
   lifelong run --prior kprior --out runs/x
   lifelong adapt remove runs/x --label 3 --out runs/without-3 --compare
   lifelong adapt remove runs/x --ids 17,42 --out runs/y --certificate
+  lifelong adapt relabel runs/x --ids 17,42 --to 3 --out runs/corrected
   lifelong adapt regularise runs/x --precision 0.1 --out runs/z
   lifelong adapt transfer runs/x --hidden 50 --out runs/small
   lifelong adapt add runs/x --from new.parquet --out runs/more
@@ -47,6 +49,10 @@ _ABOUT_KIND = {
     "remove": """\
 Unlearn examples: what they said is taken out of the memory, the gradient and
 the curvature, and the network is fitted to what the others say.""",
+    "relabel": """\
+Correct the labels of examples: what their old labels said is taken out, and
+the network is fitted to what they say now. An example is known by the label
+that it has in the data; --to is what it should have been.""",
     "regularise": "Change the regulariser, and fit the network again.",
     "transfer": """\
 Carry what was learned to another network. Other hidden layers learn from the
@@ -56,7 +62,7 @@ remembered examples alone; a run without a memory has none.""",
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Flags of all four kinds."""
+    """Flags of all kinds."""
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of a run, made by lifelong run or lifelong adapt."""
@@ -137,6 +143,29 @@ class RemoveFlags(Shared):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelabelFlags(Shared):
+    """Flags of ``lifelong adapt relabel``."""
+
+    ids: Annotated[str | None, arg(metavar="INT,...|@FILE"), _default("none")] = None
+    """Ids of the examples (positions in the training set), or a file of them after an @."""
+    to: Annotated[str | None, arg(metavar="INT,..."), _default("none")] = None
+    """Their right label; or one for each of them, in the order of the ids."""
+    task: Annotated[_Int, _default("any")] = None
+    """Of this task, by its number from 1."""
+
+    @property
+    def change(self) -> Change:
+        from ..adapted_runs import Relabel
+
+        if self.ids is None or self.to is None:
+            raise UsageError("say what to correct: --ids 17,42 --to 3")
+        ids, labels = _ids(self.ids), _numbers("--to", self.to)
+        if len(set(ids)) < len(ids):
+            raise UsageError("--ids: give each id once")
+        return Relabel(ids, labels[0] if len(labels) == 1 else labels, self.task)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegulariseFlags(Shared):
     """Flags of ``lifelong adapt regularise``."""
 
@@ -180,6 +209,7 @@ class TransferFlags(Shared):
 KINDS: dict[str, type[Shared]] = {
     "add": AddFlags,
     "remove": RemoveFlags,
+    "relabel": RelabelFlags,
     "regularise": RegulariseFlags,
     "transfer": TransferFlags,
 }
@@ -282,10 +312,11 @@ def _table(kind: str, summary: dict[str, Any], out: Path) -> None:
     row("Accuracy after", [_percent(r["accuracy_after"]) for r in seeds])
     compared = [r.get("retrained") or {} for r in seeds]
     row("  trained afresh", [_percent(c.get("accuracy")) for c in compared])
-    if "removed" in seeds[0]:
-        row("Removed examples", [count_text(r["removed"]) for r in seeds])
-        row("  accuracy before", [_percent(r["removed_before"]) for r in seeds])
-        row("  accuracy after", [_percent(r["removed_after"]) for r in seeds])
+    for name in ("removed", "relabelled"):
+        if name in seeds[0]:
+            row(f"{name.capitalize()} examples", [count_text(r[name]) for r in seeds])
+            row("  accuracy before", [_percent(r[f"{name}_before"]) for r in seeds])
+            row("  accuracy after", [_percent(r[f"{name}_after"]) for r in seeds])
     row("Gradients", [count_text(r["gradients"]) for r in seeds])
     row("  trained afresh", [count_text(c["gradients"]) if c else "" for c in compared])
     row("Time", [seconds_text(r["seconds"]) for r in seeds])
@@ -306,7 +337,9 @@ def _ended(kind: str, result: dict[str, Any]) -> str:
     method, steps = result["method"], result["iterations"]
     if result["converged"]:
         return method
-    return f"{method}, {steps} steps" if kind == "remove" else f"{method}, not at its end"
+    return (
+        f"{method}, {steps} steps" if kind in ("remove", "relabel") else f"{method}, not at its end"
+    )
 
 
 def _percent(value: float | None) -> str:
