@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +18,17 @@ import torch
 from PIL import Image
 
 from app_client import TOKEN, Client, served
-from lifelong import Categorical, Memory, runs, thumbnails
-from lifelong.app import index, jobs, workspace
+from lifelong import Categorical, Examples, Memory, runs, thumbnails
+from lifelong.adapted_runs import restored
+from lifelong.app import index, jobs, learning, measures, workspace
 from lifelong.app.jobs import Job, Jobs
 from lifelong.cli import main
 from lifelong.config import Experiment, Overrides, RunConfig, UsageError
 from lifelong.data import Batch
 from lifelong.memory import remember
+from lifelong.metrics import evaluate
 from lifelong.run_memory import learner_file, prior_in
+from lifelong.sensitivity import sensitivities
 from lifelong.store import Item, open_store
 from lifelong.thumbnails import NoPictureError
 
@@ -417,6 +422,231 @@ def test_one_change_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     held._keep(replace(Job(1, "regularise", {"precision": 1.0}), state="running"))
     with pytest.raises(jobs.ChangedMeanwhileError, match="another change is being made"):
         held.ask("regularise", {"precision": 2.0}, 1)
+
+
+# ------------------------------------------------------------------------------- measuring, labels
+
+
+def measured(page: Client, number: int = 1) -> Any:
+    page.post("/measure", [])
+    job = page.job(number)
+    assert job["state"] == "done", job
+    return job
+
+
+def test_measuring_tells_calibration_fidelity_and_scores(page: Client, run: Path) -> None:
+    assert "Measure them" in page.get("/learning").words
+    assert page.get("/memory?sort=sensitivity").status == 404
+    measured(page)
+    shown = page.get("/learning")
+    assert shown.text.count("<svg") == 2 + 2 + 5  # and the legend of the fidelity
+    assert "Expected calibration error" in shown.words
+    found = measures.load(run.with_name("run.ui"), run, None)
+    assert found is not None
+    learner, past = restored(run)
+    for row, test in zip(found.calibration, past.tests, strict=True):
+        assert test is not None
+        truth = evaluate(learner.model, test, Categorical())
+        assert (row["accuracy"], row["examples"]) == (truth.accuracy, len(test))
+        assert row["nll"] == pytest.approx(truth.nll, rel=1e-5)
+    tests = sum(row["examples"] for row in found.calibration)
+    assert sum(found.bins["count"]) == tests  # type: ignore[arg-type]
+    assert found.fidelity[0]["sizes"][-1] == len(past.train[0])
+    assert found.fidelity[0]["kept"] == 8
+    # In the gallery, as lifelong.sensitivity has them under the same posterior.
+    values = [
+        i["scores"]["sensitivity"] for i in page.get("/api/memory?sort=sensitivity").json["items"]
+    ]
+    assert values == sorted(values, reverse=True)
+    assert len(values) == 40
+    network = measures.Network.of(run, None)
+    one = network.memory[slice(0, 1)]
+    direct = sensitivities(
+        network.learner.model, Examples(one.inputs, one.labels, head=one.heads[int(one.head)]),
+        Categorical(), network.curvature, network.precision,
+    )  # fmt: skip
+    key = measures.key_of(int(one.task), int(one.origin))
+    assert found.scores[key]["sensitivity"] == pytest.approx(float(direct.score()), rel=1e-4)
+    leverage = float((direct.hessian[0] @ direct.covariance[0]).trace())
+    assert found.scores[key]["leverage"] == pytest.approx(leverage, rel=1e-4)
+    assert leverage > 0
+
+
+def test_neighbours_are_those_whose_outputs_move_together(page: Client, run: Path) -> None:
+    assert "has to be measured first" in page.get("/items/5/neighbours").words
+    measured(page)
+    shown = page.get("/items/5/neighbours")
+    assert shown.text.count("<li>") == 7  # the others of its task
+    found = measures.load(run.with_name("run.ui"), run, None)
+    assert found is not None
+    network = measures.Network.of(run, None)
+    key = next(iter(found.scores))
+    near = measures.neighbours(network, found.scores, key)
+    assert [rho for _, rho in near] == sorted((rho for _, rho in near), reverse=True)
+    assert all(-1 - 1e-4 < rho < 1 + 1e-4 for _, rho in near)
+    other = near[0][0]
+    back = dict(measures.neighbours(network, found.scores, other))
+    assert back[key] == pytest.approx(near[0][1], rel=1e-3)  # symmetric
+    with pytest.raises(KeyError):
+        measures.neighbours(network, found.scores, "9/99999")
+    assert page.get("/items/999/neighbours").status == 404
+
+
+def test_labels_are_corrected_and_had_back(page: Client, run: Path) -> None:
+    shown = page.get("/review")
+    assert "Measure it" in shown.words
+    first = page.get("/api/memory?sort=residual&limit=1").json["items"][0]
+    other = first["label"] + (1 if first["label"] % 2 == 0 else -1)  # heads are of two digits
+    field, version = f"to-{first['item']}", shown.value("version")
+    for wrong, why in (
+        ([], "choose the right label"),
+        ([(field, "")], "choose the right label"),
+        ([(field, first["label"])], "the labels that they have"),
+        ([(field, (first["label"] + 4) % 10)], "none of the classes"),
+        ([(field, "x")], "no number"),
+        ([("to-99999", 1)], "no item 99999"),
+        ([("to-x", 1)], "no number"),
+    ):
+        answer = page.post("/changes/relabel", [("version", version), *wrong])
+        assert answer.status in (404, 422), wrong
+        assert why in answer.words
+    assert page.post("/changes/relabel", [(field, other)]).status == 422  # without a version
+    page.post("/changes/relabel", [("version", version), (field, other)])
+    job = page.job()
+    assert job["state"] == "done", job
+    assert page.get(f"/api/items/{first['item']}").json["label"] == other
+    assert "Of the 1 relabelled" in page.get("/jobs/1").words
+    assert page.get("/api/memory").json["total"] == 40
+    stale = page.post("/changes/relabel", [("version", version), (field, first["label"])])
+    assert stale.status == 409
+    back = [("to", 1), ("version", page.get("/changes").value("version"))]
+    assert page.post("/changes/restore", back).status == 200
+    assert page.get(f"/api/items/{first['item']}").json["label"] == first["label"]
+    assert workspace(run).current == run
+
+
+def test_a_relabel_that_was_killed_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: Any, **options: Any) -> Any:
+        raise Killed
+
+    place = workspace(run)
+    with place.open() as store:
+        item = store.items(limit=1)[0]
+    assert isinstance(item.label, int)
+    new = item.label + (1 if item.label % 2 == 0 else -1)
+    given = {"labels": {str(item.task): {str(item.origin): new}}}
+    asked = replace(Job(1, "relabel", given), state="running")
+    journal = Jobs(place)
+    journal.close()
+    journal._keep(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "prior_in", kill)
+        with pytest.raises(Killed):
+            jobs.KINDS["relabel"](journal, asked)
+    again = Jobs(place)
+    again.close()
+    assert again.get(1).state == "done", again.get(1).said
+    jobs.KINDS["relabel"](again, again.get(1))  # once more changes nothing
+    assert len(place.steps) == 1
+    with place.open() as store:
+        assert store.items(limit=1)[0].label == new
+
+
+def test_what_was_measured_goes_with_what_is_forgotten(page: Client, run: Path) -> None:
+    measured(page)
+    file = run.with_name("run.ui") / measures.FILE
+    assert file.is_file()
+    version = page.get("/memory").value("version")
+    page.post("/changes/forget", [("items", 3), ("sure", "forget"), ("version", version)])
+    assert page.job(2)["state"] == "done"
+    assert not file.exists()
+    assert "Measure them" in page.get("/learning").words
+
+
+def test_a_prior_without_a_curve_says_why(tmp_path: Path) -> None:
+    config = RunConfig(
+        Experiment(benchmark="two-moons", prior="fromp", memory=8), Overrides(epochs=1)
+    )
+    plan = runs.prepare(config)
+    runs.create(plan, tmp_path / "run")
+    runs.execute(plan, tmp_path / "run")
+    found = measures.measure(tmp_path / "ui", tmp_path / "run", None, lambda line: None)
+    assert found.fidelity == []
+    assert "couples its examples" in found.notes[0]
+    assert found.scores
+    assert found.calibration
+
+
+def test_a_run_without_a_memory_is_calibrated(tmp_path: Path) -> None:
+    config = RunConfig(Experiment(benchmark="two-moons", prior="online_ewc"), Overrides(epochs=1))
+    plan = runs.prepare(config)
+    runs.create(plan, tmp_path / "run")
+    runs.execute(plan, tmp_path / "run")
+    with served(workspace(tmp_path / "run")) as page:
+        measured(page)
+        shown = page.get("/learning").words
+        assert "On the tests" in shown
+        assert page.get("/review").words.count("Nothing is remembered") == 1
+
+
+# ------------------------------------------------------------------------------- stop and go on
+
+
+def test_stop_and_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = RunConfig(
+        Experiment(benchmark="split-digits", prior="kprior", memory=8), Overrides(epochs=60)
+    )
+    plan = runs.prepare(config)
+    runs.create(plan, folder)
+    stopped: list[BaseException] = []
+
+    def learn() -> None:
+        try:
+            runs.execute(plan, folder)
+        except KeyboardInterrupt as error:
+            stopped.append(error)
+
+    with served(workspace(folder)) as page:
+        assert "It does not go on now" in page.get("/learning").words
+        assert page.post("/learning/stop", []).status == 422
+        thread = threading.Thread(target=learn)
+        thread.start()
+        while not (folder / "seed-0" / "learner.safetensors").is_file():
+            time.sleep(0.01)
+        shown = page.get("/learning")
+        assert "Stop after this epoch" in shown.words
+        assert page.post("/learning/resume", []).status == 409
+        assert page.post("/learning/stop", []).status == 200
+        thread.join(60)
+        assert isinstance(stopped[0], runs.StoppedError)
+        assert not (folder / "result.json").exists()
+        assert not runs.is_going_on(folder)
+        assert page.post("/learning/resume", []).status == 200  # a process of its own
+        end = time.monotonic() + 120
+        while not (folder / "result.json").is_file():
+            assert time.monotonic() < end, (tmp_path / "run.ui" / "resumed.log").read_text()
+            time.sleep(0.1)
+        assert not (folder / runs.STOP).exists()
+        assert page.post("/learning/resume", []).status == 409
+
+
+def test_the_time_that_is_left() -> None:
+    def line(minute: int, said: str) -> str:
+        return f"2026-01-01T10:{minute:02}:00+00:00 {said}"
+
+    def learned_task(seed: int, task: int) -> str:
+        return f"seed {seed}: task {task}, accuracy so far 0.5"
+
+    start = line(0, "started: kprior on digits")
+    assert learning._left([start], 5) is None
+    assert learning._left([start, line(2, learned_task(0, 1))], 5) == 4 * 120
+    halted = [start, line(2, learned_task(0, 1)), line(30, "seed 0: resumed after 1 tasks")]
+    assert learning._left([*halted, line(31, learned_task(0, 2))], 5) == 3 * 60
+    assert learning._left(["nonsense", *halted, line(31, learned_task(0, 2))], 2) == 0
 
 
 # ------------------------------------------------------------------------------- a store alone

@@ -259,6 +259,17 @@ def _seeds(run: Path, known: Iterable[int], seed: int | None) -> list[int]:
     return found if seed is None else [seed]
 
 
+def restored(run: Path, seed: int | None = None) -> tuple[Learner, Past]:
+    """The learner of a run, or of one that was adapted, and what it has learned by now.
+
+    seed: by default the first that the run has. Raises UsageError for a folder without a run or
+    learner; CheckpointError, FileNotFoundError where files or data are damaged or missing.
+    """
+    config = load_config(run, adapted=True)
+    (number, *_) = _seeds(run, config.seed_list, seed)
+    return _restored(prepare(config), run, number, _history(run))
+
+
 def _history(run: Path) -> dict[str, Any] | None:
     return json.loads((run / CONFIG).read_text(encoding="utf-8")).get("adaptations")
 

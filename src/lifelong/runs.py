@@ -10,6 +10,7 @@ runs/x/seed-0/learner.safetensors the learner after its last epoch: model, prior
 runs/x/seed-0/accuracy.json       of a seed that is finished
 runs/x/result.json                of all seeds
 runs/x/.lock                      held while a process writes to the folder
+runs/x/stop                       made by who wants the run to stop after its next epoch
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import platform
 import shlex
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -53,8 +55,9 @@ from .streams import TaskStream
 
 FORMAT = 1
 CONFIG, TOML, VERSIONS, LOG = "config.json", "config.toml", "versions.json", "log.txt"
-ACCURACY, RESULT, LOCK = "accuracy.json", "result.json", ".lock"
+ACCURACY, RESULT, LOCK, STOP = "accuracy.json", "result.json", ".lock", "stop"
 _SCORES = (*get_args(ScoreName), "k_centre")
+_TRIES = 4  # of taking a lock
 _INPUTS = 64  # of each part of a task, in a fingerprint
 
 
@@ -85,6 +88,10 @@ class Event:
 
 
 Watch = Callable[[Event], None]
+
+
+class StoppedError(KeyboardInterrupt):
+    """Somebody has asked for the run to stop (``ask_to_stop``): as if by Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +201,14 @@ def execute(
     Returns the summary that result.json holds. Raises OSError where the folder cannot be written,
     UsageError where another process writes to it, or the run there began with other data,
     CheckpointError where a checkpoint in it cannot be read, ConnectionError where another rank has
-    ended.
+    ended, StoppedError after ``ask_to_stop``.
     """
     if folder is not None:
         _require_same_data(plan, folder)
     writes = folder is not None and _is_first(ranks)
     with claimed(folder) if folder is not None and writes else nullcontext():
+        if folder is not None and writes:
+            (folder / STOP).unlink(missing_ok=True)  # it was for the one before
         results = [_seed(plan, seed, folder, watch, ranks) for seed in plan.config.seed_list]
         summary = summarise(plan, results)
         if folder is not None and writes:
@@ -227,16 +236,45 @@ def claimed(folder: Path) -> Iterator[None]:
         told = f"cannot write to {folder} ({error.strerror}); choose another folder"
         raise OSError(error.errno, told) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another lifelong run is writing to {folder}; let it end, or choose another "
-                "folder with --out"
-            ) from None
+        for left in reversed(range(_TRIES)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise UsageError(
+                        f"another lifelong run is writing to {folder}; let it end, or choose "
+                        "another folder with --out"
+                    ) from None
+                time.sleep(0.05)  # it may be one who only looks (``is_going_on``)
         yield
     finally:
         os.close(handle)
+
+
+def is_going_on(folder: Path) -> bool:
+    """Whether a process writes to the run's folder now; False where there is no ``flock``."""
+    try:
+        import fcntl
+
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def ask_to_stop(folder: Path) -> None:
+    """A run that goes on in ``folder`` stops after its next epoch, which is saved; it can be
+    resumed. Raises UsageError where none goes on."""
+    if not is_going_on(folder):
+        raise UsageError(f"no run goes on in {folder}")
+    write(folder / STOP, "")
 
 
 def require_free(folder: Path) -> None:
@@ -267,6 +305,7 @@ def create(plan: Plan, folder: Path) -> None:
                 "training": asdict(plan.training),
                 "prior": dict(plan.arguments),
                 "data": plan.fingerprint(),
+                "tasks": [task.name for task in plan.stream],
             },
         )
 
@@ -419,6 +458,11 @@ def learn_stream(
         last[:] = [progress]
         if watch is not None:
             watch(Event(seed, progress))
+        asked = folder is not None and (folder.parent / STOP).exists()
+        if learner.ranks is not None:  # as the first one sees it
+            asked = learner.ranks.objects(asked)[0]
+        if asked:
+            raise StoppedError
 
     def on_task(index: int) -> None:
         row = tuple(learner.accuracy[index])

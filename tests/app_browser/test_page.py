@@ -24,7 +24,17 @@ from lifelong import runs
 from lifelong.app import workspace
 from lifelong.config import Experiment, Overrides, RunConfig
 
-PAGES = ("/memory", "/items/7", "/learning", "/compare", "/changes", "/forget?items=7", "/nothing")
+PAGES = (
+    "/memory",
+    "/items/7",
+    "/items/7/neighbours",
+    "/review",
+    "/learning",
+    "/compare",
+    "/changes",
+    "/forget?items=7",
+    "/nothing",
+)
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +143,41 @@ def test_compare_and_learning(page: Page, run: Path) -> None:
     expect(page.locator("figure")).to_have_count(2)
 
 
+def test_review_relabel_and_undo(page: Page) -> None:
+    page.get_by_role("link", name="Review").click()
+    page.get_by_role("button", name="Measure it").click()
+    expect(page.get_by_text("Done", exact=True)).to_be_visible(timeout=60_000)
+    page.get_by_role("link", name="Review labels").click()
+    expect(page.get_by_text("move the network's outputs most")).to_be_visible()
+    expect(page.get_by_role("button", name="Drop")).to_be_disabled()
+    first = page.locator(".to select").first
+    old = first.locator("option").nth(0).inner_text()
+    new = first.locator("option").nth(1).get_attribute("value")
+    first.select_option(new)
+    page.get_by_role("button", name="Relabel").click()
+    expect(page.get_by_text("Done", exact=True)).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("Of the 1 relabelled")).to_be_visible()
+    page.get_by_role("link", name="Changes", exact=True).first.click()
+    page.get_by_role("button", name="Make version 1 today's").click()
+    page.get_by_role("link", name="Review").click()
+    assert page.locator(".to select").count() == 24
+    assert old != new
+    page.locator(".gallery a").first.click()
+    page.get_by_role("link", name="Its neighbours").click()
+    expect(page.locator(".gallery li")).to_have_count(12)
+
+
+def test_calibration_and_fidelity(page: Page) -> None:
+    page.goto("/learning")
+    page.get_by_role("button", name="Measure them").click()
+    expect(page.get_by_text("Done", exact=True)).to_be_visible(timeout=60_000)
+    page.get_by_role("link", name="Learning").first.click()
+    expect(page.locator("figure")).to_have_count(4)
+    for drawing in page.locator("figure > svg").all():
+        assert drawing.locator("title").text_content()
+        assert drawing.locator("desc").text_content()
+
+
 def test_progress_is_live(page: Page, run: Path) -> None:
     result, accuracy = run / "result.json", run / "seed-0" / "accuracy.json"
     held = result.read_text(), accuracy.read_text()
@@ -183,8 +228,10 @@ def test_everyone_can_read_it(
 ) -> None:
     """No finding of axe, and nothing that is wider than the window."""
     options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    client.post("/measure", [])
+    assert client.job()["state"] == "done"
     for page in opened(client, browser, **options):
-        for path in PAGES:
+        for path in (*PAGES, "/jobs/1"):
             page.goto(path)
             found = Axe().run(page).response["violations"]
             told = [

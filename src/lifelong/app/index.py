@@ -1,7 +1,8 @@
 """The gallery's order: a few numbers of each item, so that 100,000 of them sort in no time.
 
-lambda and the residual come from the soft label that each item is remembered with; other scores
-(leverage, sensitivity) are shown where they were stored with the items (``store.append(scores=)``).
+lambda and the residual come from the soft label that each item is remembered with; leverage and
+sensitivity of a run are there once they were measured (``measures.py``), and all scores that were
+stored with the items (``store.append(scores=)``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,11 @@ from numpy.typing import NDArray
 
 from ..likelihoods import Categorical, Likelihood
 from ..store import Item, MemoryStore, Where
+from .measures import key_of
 
 PAGE = 2_000  # items read at once
 NEWEST = "newest"
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +82,8 @@ class Index:
         return places[np.argsort(key, kind="stable")]  # NaN comes last either way
 
 
-def build(store: MemoryStore) -> Index:
-    """Read all of today's items once, ``PAGE`` at a time."""
+def build(store: MemoryStore, measured: Mapping[str, Mapping[str, float]] = EMPTY) -> Index:
+    """Read all of today's items once, ``PAGE`` at a time. measured: "task/origin" -> scores."""
     likelihood = likelihood_of(store)
     items: list[tuple[int, int, float, dict[str, float]]] = []
     after = 0
@@ -87,7 +91,8 @@ def build(store: MemoryStore) -> Index:
         found = beliefs(store, page, likelihood)
         for item, of_item in zip(page, found, strict=True):
             label = float(item.label) if isinstance(item.label, int | float) else math.nan
-            items.append((item.item, item.task, label, {**of_item, **item.scores}))
+            also = measured.get(key_of(item.task, item.origin), EMPTY)
+            items.append((item.item, item.task, label, {**of_item, **also, **item.scores}))
         after = page[-1].item
         if len(page) < PAGE:
             break
@@ -144,6 +149,27 @@ def named(store: MemoryStore, text: str, limit: int = 10_000) -> list[int]:
         if len(page) < 1_000 or len(numbers) >= limit:
             break
     return numbers[:limit]
+
+
+def number_of(store: MemoryStore, key: str) -> int | None:
+    """Of "task/origin" today's item; None where it is there no more."""
+    task, _, origin = key.partition("/")
+    found = store.items(Where(task=int(task), origin=int(origin)), limit=1)
+    return found[0].item if found else None
+
+
+def believed(store: MemoryStore, items: Sequence[Item]) -> list[tuple[list[float], list[int]]]:
+    """Of each item E[y | f*], and which outputs compete for it. Raises ValueError where items have
+    outputs of several widths."""
+    memory = store.memory([i.item for i in items], decode=lambda raw: torch.zeros(len(raw), 0))
+    likelihood: Any = likelihood_of(store)
+    mask = memory.mask
+    mean = likelihood.mean(likelihood.mask(memory.reference, mask)).tolist()
+    every = list(range(memory.reference.shape[1]))
+    competing = [every] * len(items) if mask is None else [
+        row.nonzero().squeeze(1).tolist() for row in mask
+    ]  # fmt: skip
+    return list(zip(mean, competing, strict=True))
 
 
 def soft_label(store: MemoryStore, item: Item, version: int | None = None) -> list[float]:

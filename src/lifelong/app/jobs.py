@@ -19,9 +19,10 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
 
-from ..adapted_runs import Add, Certifying, Change, Regularise, Remove, adapt
+from ..adapted_runs import Add, Certifying, Change, Regularise, Relabel, Remove, adapt
 from ..checkpoint import write
 from ..run_memory import learner_file, prior_in
+from . import measures
 from .workspace import Step, Workspace
 
 State = Literal["waiting", "running", "done", "failed"]
@@ -34,8 +35,8 @@ class ChangedMeanwhileError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """kind: "forget", "regularise", "add"; given: what was asked; done: of parts, how many; said:
-    lines about it; result: accuracies before and after, certificates."""
+    """kind: one of ``KINDS``; given: what was asked; done: of parts, how many; said: lines about
+    it; result: accuracies before and after, certificates."""
 
     number: int
     kind: str
@@ -72,22 +73,27 @@ class Jobs:
         self.waiting.put(None)
         self.thread.join()
 
-    def ask(self, kind: str, given: dict[str, Any], seen: int) -> Job:
-        """Write a job down. Raises ChangedMeanwhileError."""
+    def ask(self, kind: str, given: dict[str, Any], seen: int | None) -> Job:
+        """Write a job down. seen: the store's version as the asker saw it; None for a job that
+        changes nothing. Raises ChangedMeanwhileError."""
         with self.lock:
             if any(not job.over for job in self.all.values()):
                 raise ChangedMeanwhileError("another change is being made; wait until it is done")
-            with self.workspace.open() as store:
-                if store.version != seen:
-                    raise ChangedMeanwhileError(
-                        f"the memory was changed since this page was loaded (version {seen}, now "
-                        f"{store.version}); nothing was done. Look again, then ask again"
-                    )
+            if seen is not None:
+                self._require_unchanged(seen)
             number = max(self.all, default=0) + 1
             time = datetime.now(UTC).isoformat(timespec="seconds")
             job = self._keep(Job(number, kind, given, started=time))
         self.waiting.put(number)
         return job
+
+    def _require_unchanged(self, seen: int) -> None:
+        with self.workspace.open() as store:
+            if store.version != seen:
+                raise ChangedMeanwhileError(
+                    f"the memory was changed since this page was loaded (version {seen}, now "
+                    f"{store.version}); nothing was done. Look again, then ask again"
+                )
 
     def get(self, number: int) -> Job:
         """Raises KeyError."""
@@ -160,10 +166,11 @@ def _named(job: Job) -> str:
 def _summed_up(run: Path) -> dict[str, Any]:
     content = json.loads((run / "adaptation.json").read_text(encoding="utf-8"))
     (result, *_) = content["seeds"]
-    names = ("accuracy_before", "accuracy_after", "removed", "removed_before", "removed_after")
+    names = ["accuracy_before", "accuracy_after"]
+    names += [f"{n}{end}" for n in ("removed", "relabelled") for end in ("", "_before", "_after")]
     found = {name: result.get(name) for name in names}
-    if "certificate" in result:
-        found["certificate"] = str(run / result["certificate"])
+    certificate = result.get("certificate")
+    found["certificate"] = None if certificate is None else str(run / certificate)
     return {**found, "notes": result["notes"], "seconds": result["seconds"]}
 
 
@@ -211,7 +218,8 @@ def _erase(jobs: Jobs, job: Job, numbers: list[int]) -> None:
 
 
 def _clear(place: Workspace, job: Job, run: Path | None, parts: int) -> None:
-    """Remove the page's own runs whose networks had learned them."""
+    """Remove the page's own runs whose networks had learned them, and what names them."""
+    measures.remove(place.place)
     own = [*place.runs()[1:], *(place.place / f"{job.number}-{part}" for part in range(parts))]
     for old in own:
         if old != run:
@@ -231,6 +239,37 @@ def _certificates(
             shutil.copyfile(path.with_suffix(suffix), to.with_suffix(suffix))
         kept.append({**result, "certificate": str(to)})
     return kept
+
+
+def _relabel(jobs: Jobs, job: Job) -> None:
+    """Other labels for items: task -> origin -> label."""
+    run = jobs.workspace.current
+    if run is None:
+        raise ValueError("a store alone has no network that learned from the labels")
+    taken = next((s for s in jobs.workspace.steps if s.what == _named(job)), None)
+    if taken is not None:
+        return
+    labels: dict[str, dict[str, int]] = job.given["labels"]
+    jobs._say(job.number, "fitting to the right labels", parts=len(labels))
+    results = []
+    for part, (task, of_task) in enumerate(sorted(labels.items())):
+        ids = tuple(int(origin) for origin in of_task)
+        change = Relabel(ids, tuple(of_task.values()), task=int(task) + 1)
+        run = jobs.adapted(job, part, change, run)
+        results.append(_summed_up(run))
+        jobs._say(job.number, f"task {int(task) + 1}: done", done=part + 1)
+    jobs._say(job.number, "relabelled", result={"changes": results})
+    jobs.take_over(job, run)
+
+
+def _measure(jobs: Jobs, job: Job) -> None:
+    place = jobs.workspace
+    if place.current is None:
+        raise ValueError("a store alone has no network to measure")
+    measures.measure(
+        place.place, place.current, place.seed, lambda line: jobs._say(job.number, line)
+    )
+    jobs._say(job.number, "measured", result={"changes": []}, done=1)
 
 
 def _regularise(jobs: Jobs, job: Job) -> None:
@@ -255,6 +294,8 @@ def _add(jobs: Jobs, job: Job) -> None:
 
 KINDS: dict[str, Callable[[Jobs, Job], None]] = {
     "forget": _forget,
+    "relabel": _relabel,
+    "measure": _measure,
     "regularise": _regularise,
     "add": _add,
 }

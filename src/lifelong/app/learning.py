@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..metrics import AccuracyMatrix
 from ..report import pictures
 from ..report.results import Estimate
 from ..runs import ACCURACY, CONFIG, LOG, RESULT
+from .measures import Measures
 
 _LINE = re.compile(r"seed (\d+): task (\d+), accuracy so far ([\d.]+)")
 
@@ -45,7 +47,8 @@ class Seed:
 @dataclass(frozen=True)
 class Learning:
     """Of one run. tasks: their names, as far as they are known; reached: per seed that is not
-    finished, its mean accuracy after each task so far; log: the newest lines."""
+    finished, its mean accuracy after each task so far; log: the newest lines; left: seconds, by
+    the time that the tasks took since it was started or resumed."""
 
     folder: Path
     name: str
@@ -58,6 +61,14 @@ class Learning:
     wanted: int
     log: list[str]
     changed: dict[str, Any] | None
+    left: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of all tasks of all seeds, the part that is learned."""
+        tasks = len(self.tasks) * self.wanted
+        done = len(self.seeds) * len(self.tasks) + sum(map(len, self.reached.values()))
+        return min(1.0, done / tasks) if tasks else 0.0
 
     @property
     def running(self) -> bool:
@@ -86,7 +97,8 @@ def learning(folder: Path, name: str) -> Learning:
         s: [v for _, v in sorted(each.items())] for s, each in reached.items() if s not in done
     }
     size = max((len(seed.matrix) for seed in seeds), default=0)
-    tasks = (result or {}).get("tasks") or [str(t + 1) for t in range(size)]
+    tasks = (result or config).get("tasks") or [str(t + 1) for t in range(size)]
+    wanted = int(flags.get("seeds", 1) or 1)
     return Learning(
         folder,
         name,
@@ -96,10 +108,38 @@ def learning(folder: Path, name: str) -> Learning:
         seeds,
         going,
         result is not None,
-        int(flags.get("seeds", 1) or 1),
+        wanted,
         lines[-12:],
         _json(folder / "adaptation.json"),
+        _left(lines, len(tasks) * wanted) if result is None else None,
     )
+
+
+def _left(lines: list[str], tasks: int) -> float | None:
+    """Seconds until all tasks are learned, if they take as long as those since the last start."""
+    times: list[datetime] = []
+    done = 0
+    for line in lines:
+        stamp, _, said = line.partition(" ")
+        if said.startswith("started") or "resumed after" in said:
+            times = [_time(stamp)]
+        elif _LINE.search(said) and times:
+            times.append(_time(stamp))
+            done += 1
+        elif _LINE.search(said):
+            done += 1
+    if len(times) < 2:
+        return None
+    each = (times[-1] - times[0]).total_seconds() / (len(times) - 1)
+    return max(0.0, (tasks - done) * each)
+
+
+def _time(stamp: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(stamp)
+    except ValueError:
+        found = datetime.fromtimestamp(0, UTC)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _lines(path: Path) -> list[str]:
@@ -178,6 +218,56 @@ def matrix(run: Learning) -> Markup:
     low = pictures.scale_floor([rows])
     names = run.tasks if len(run.tasks) == size else [str(t + 1) for t in range(size)]
     return Markup(pictures.heat_map("matrix", title, text, rows, names, low))
+
+
+def reliability(measured: Measures | None) -> Markup:
+    """How often a prediction of some confidence is right; empty where nothing was measured."""
+    if measured is None or not measured.bins:
+        return Markup("")
+    columns = zip(*(measured.bins[n] for n in ("count", "confidence", "right")), strict=True)
+    points = [
+        None if not n else (confidence / n, Estimate(right / n, None))
+        for n, confidence, right in columns
+    ]  # fmt: skip
+    line = pictures.Points("accuracy", pictures.line_style(0), tuple(points))
+    x = pictures.percent_axis("confidence (%)", 0.0, 1.0)
+    y = pictures.percent_axis("right (%)", 0.0, 1.0)
+    title = "Accuracy of the predictions by their confidence"
+    said = f"Expected calibration error {100 * (measured.ece or 0):.1f} points; dots: perfect."
+    return Markup(pictures.chart("reliability", title, said, [line], x, y, diagonal=True))
+
+
+def fidelity(measured: Measures | None) -> Markup:
+    """Fidelity against the size of a task's memory, a line for each task that was measured."""
+    if measured is None or not measured.fidelity:
+        return Markup("")
+    lines = []
+    for number, curve in enumerate(measured.fidelity):
+        pairs = zip(curve["sizes"], curve["values"], strict=True)
+        points = [
+            None if value is None else (math.log10(size), Estimate(value, None))
+            for size, value in pairs if size
+        ]  # fmt: skip
+        style = pictures.line_style(number)
+        lines.append(pictures.Points(f"task {curve['task'] + 1}", style, tuple(points)))
+    sizes = [curve["sizes"][-1] for curve in measured.fidelity]
+    x = pictures.log_axis("examples kept of the task", sizes)
+    y = pictures.percent_axis("fidelity (%)", 0.0, 1.0)
+    said = "; ".join(
+        f"task {c['task'] + 1} keeps {c['kept']} of {c['read']}" for c in measured.fidelity
+    )
+    title = "How much of the gradient of the past a memory of each size gives back"
+    return Markup(pictures.chart("fidelity", title, f"{said}.", lines, x, y, marked=False))
+
+
+def fidelity_legend(measured: Measures | None) -> list[tuple[str, Markup]]:
+    """Names and pieces of line of ``fidelity``."""
+    curves = [] if measured is None else measured.fidelity
+    return [
+        (f"task {c['task'] + 1}: keeps {c['kept']} of {c['read']}",
+         Markup(pictures.swatch(f"fidelity{n}", f"task {c['task'] + 1}", pictures.line_style(n))))
+        for n, c in enumerate(curves)
+    ]  # fmt: skip
 
 
 def numbers(run: Learning) -> dict[str, float | None]:

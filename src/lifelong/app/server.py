@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -14,7 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -23,18 +25,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from .. import thumbnails
+from .. import runs, thumbnails
 from ..errors import StoreError
 from ..report.table import bytes_text, seconds_text
 from ..store import Item, MemoryStore
-from . import index, learning
+from . import index, learning, measures
 from .jobs import ChangedMeanwhileError, Job, Jobs, by_task
 from .safety import Gate
 from .workspace import Step, Workspace, refresh
 
 PAGE_SIZE = 60
+REVIEW_SIZE = 24
 MOST_CHOSEN = 900  # items in one request: starlette reads 1,000 fields of a form
 THUMBNAILS = 4_000  # kept in memory, a few kilobytes each
 Chosen = Annotated[list[int], Form(max_length=MOST_CHOSEN)]
@@ -96,6 +100,7 @@ class App:
         self.workspace = workspace
         self.lock = RLock()
         self._index: index.Index | None = None
+        self._network: tuple[int, measures.Network] | None = None
         self._pictures: OrderedDict[tuple[int, str], bytes | str] = OrderedDict()
         self.jobs = Jobs(workspace, self.forget_pictures)
 
@@ -103,15 +108,32 @@ class App:
         """A change may have erased what is kept here for speed."""
         with self.lock:
             self._pictures.clear()
-            self._index = None
+            self._index = self._network = None
 
     def index(self, store: MemoryStore) -> index.Index:
         """Of today's version, built once for each."""
         with self.lock:
             if self._index is None or self._index.version != store.version:
                 self._pictures.clear()
-                self._index = index.build(store)
+                found = self.measures()
+                self._index = index.build(store, {} if found is None else found.scores)
             return self._index
+
+    def measures(self) -> measures.Measures | None:
+        """Of the network in force; None where it was not measured as it is now."""
+        place = self.workspace
+        return measures.load(place.place, place.current, place.seed)
+
+    def network(self) -> measures.Network:
+        """Read once. Raises ValueError where there is none."""
+        run, seed = self.workspace.current, self.workspace.seed
+        if run is None:
+            raise ValueError("a store alone has no network")
+        with self.lock:
+            stamp = measures.stamp_of(run, seed)
+            if self._network is None or self._network[0] != stamp:
+                self._network = (stamp, measures.Network.of(run, seed))
+            return self._network[1]
 
     def picture(self, store: MemoryStore, item: Item, size: str) -> bytes | str:
         """PNG, or why there is none."""
@@ -328,6 +350,44 @@ def _pages(api: FastAPI, app: App) -> None:
                 words=thumbnails.words(store.raw(number), one),
             )  # fmt: skip
 
+    @get("/items/{number}/neighbours")
+    def near(number: int) -> Response:
+        with _opened(app) as store:
+            one = _one(store, number)
+            found = app.measures()
+            key = measures.key_of(one.task, one.origin)
+            cards = None
+            if found is not None and key in found.scores:
+                alike = measures.neighbours(app.network(), found.scores, key)
+                pairs = [(index.number_of(store, other), rho) for other, rho in alike]
+                known = app.index(store)
+                cards = [
+                    (_card(app, store, known, _one(store, n), 0, ""), rho)
+                    for n, rho in pairs if n is not None
+                ]  # fmt: skip
+            return _page(app, "neighbours.html", item=one, cards=cards, measured=found is not None)
+
+    @get("/review")
+    def review(page: Annotated[int, Query(ge=1, le=10**9)] = 1) -> Response:
+        _require_run(app)
+        with _opened(app) as store:
+            known = app.index(store)
+            order = next((n for n in ("sensitivity", "residual") if n in known.scores), "newest")
+            places = known.arranged(order)
+            pages = max(1, -(-len(places) // REVIEW_SIZE))
+            page = min(page, pages)
+            shown = places[(page - 1) * REVIEW_SIZE : page * REVIEW_SIZE]
+            items = [_one(store, int(known.number[p])) for p in shown]
+            cards = [_card(app, store, known, i, p, order) for i, p in zip(items, shown)]
+            for card, (belief, competing) in zip(cards, _believed(store, items), strict=True):
+                says = max(competing, key=lambda c: belief[c], default=None)
+                card |= {"competing": competing, "says": says,
+                         "sure": None if says is None else belief[says]}  # fmt: skip
+            return _page(
+                app, "review.html", cards=cards, order=order, number=page, pages=pages,
+                version=store.version, measured=app.measures(),
+            )  # fmt: skip
+
     @get("/items/{number}/picture")
     def picture(number: int, size: str = "small") -> Response:
         if size not in thumbnails.SIZES:
@@ -383,7 +443,7 @@ def _pages(api: FastAPI, app: App) -> None:
     @get("/jobs/{number}/certificate/{part}")
     def certificate(number: int, part: int, as_json: bool = False) -> Response:
         found = (_job(app, number).result or {}).get("changes", [])
-        if not 0 <= part < len(found) or "certificate" not in found[part]:
+        if not 0 <= part < len(found) or found[part]["certificate"] is None:
             raise HTTPException(404, "That change has no certificate.")
         path = Path(found[part]["certificate"])
         path = path.with_suffix(".json") if as_json else path
@@ -406,16 +466,34 @@ def _card(
     }
 
 
+def _believed(store: MemoryStore, items: list[Item]) -> list[tuple[list[float], list[int]]]:
+    """Soft labels, and the classes that compete; nothing where the labels are no classes."""
+    try:
+        found = index.believed(store, items)
+    except (ValueError, RuntimeError):
+        return [([], [])] * len(items)
+    return [
+        pair if isinstance(item.label, int) else ([], [])
+        for item, pair in zip(items, found, strict=True)
+    ]
+
+
 def _learning(app: App) -> dict[str, Any]:
     run = app.workspace.run
     if run is None:
         raise HTTPException(404, "A store alone has no network that learned; open a run's folder.")
     found = learning.learning(run, app.workspace.called(run))
+    measured = app.measures()
     return {
         "run": found,
+        "going": runs.is_going_on(run),
+        "reliability": learning.reliability(measured),
+        "fidelity": learning.fidelity(measured),
+        "legend": learning.fidelity_legend(measured),
         "matrix": learning.matrix(found),
         "curves": learning.curves([found]),
         "numbers": learning.numbers(found),
+        "measured": measured,
     }
 
 
@@ -481,6 +559,31 @@ def _changes(api: FastAPI, app: App) -> None:
         given = {"items": [i.item for i in chosen], "tasks": by_task(chosen), "note": note}
         return _asked(app, "forget", given, version)
 
+    @post("/changes/relabel")
+    async def relabel(request: Request) -> Response:
+        form = await request.form()
+        return await run_in_threadpool(_relabelled, app, dict(form.items()))
+
+    @post("/measure")
+    def measure() -> Response:
+        _require_run(app)
+        return _asked(app, "measure", {}, None)
+
+    @post("/learning/stop")
+    def stop() -> Response:
+        runs.ask_to_stop(_require_run(app))
+        return RedirectResponse("/learning", 303)
+
+    @post("/learning/resume")
+    def resume() -> Response:
+        run = _require_run(app)
+        if runs.is_going_on(run):
+            raise HTTPException(409, "It goes on already.")
+        if learning.learning(run, run.name).finished:
+            raise HTTPException(409, "It is finished.")
+        _resumed(app.workspace.place, run)
+        return RedirectResponse("/learning", 303)
+
     @post("/changes/regularise")
     def regularise(precision: Annotated[float, Form(ge=0, le=1e12)], version: Seen) -> Response:
         _require_run(app)
@@ -503,6 +606,44 @@ def _changes(api: FastAPI, app: App) -> None:
             raise
 
 
+def _relabelled(app: App, form: dict[str, Any]) -> Response:
+    """form: version, and for each item whose label is wrong to-NUMBER, the right one."""
+    _require_run(app)
+    version = _number(str(form.get("version", "")), int)
+    chosen = {
+        _number(name.removeprefix("to-"), int): _number(str(value), int)
+        for name, value in form.items()
+        if name.startswith("to-") and str(value).strip()
+    }
+    if version is None or None in chosen:
+        raise HTTPException(422, "Some of what was sent is not as expected.")
+    if not chosen:
+        raise HTTPException(422, "Nothing was relabelled: choose the right label of an example.")
+    labels: dict[str, dict[str, int]] = {}
+    with _opened(app) as store:
+        items = _many(store, list(chosen))
+        for item, (_, competing) in zip(items, _believed(store, items), strict=True):
+            label = chosen[item.item]
+            if label not in competing:
+                raise HTTPException(422, f"{label} is none of the classes of item {item.item}.")
+            if label != item.label:
+                labels.setdefault(str(item.task), {})[str(item.origin)] = label
+    if not labels:
+        raise HTTPException(422, "Nothing was relabelled: those are the labels that they have.")
+    return _asked(app, "relabel", {"labels": labels}, version)
+
+
+def _resumed(place: Path, run: Path) -> None:
+    """Go on with a run, in a process of its own that does not end with this one."""
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "lifelong", "run", "--resume", str(run), "--quiet"]
+    with (place / "resumed.log").open("ab") as out:
+        going = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    Thread(target=going.wait, daemon=True, name="resumed").start()  # else it stays a zombie
+
+
 def _drop(app: App, items: list[int], version: int) -> int:
     _require_idle(app)
     with _seen(app, version) as store:
@@ -512,7 +653,7 @@ def _drop(app: App, items: list[int], version: int) -> int:
     return after
 
 
-def _asked(app: App, kind: str, given: dict[str, Any], version: int) -> Response:
+def _asked(app: App, kind: str, given: dict[str, Any], version: int | None) -> Response:
     try:
         job = app.jobs.ask(kind, given, version)
     except ChangedMeanwhileError as error:
@@ -541,9 +682,10 @@ def _require_idle(app: App) -> None:
         raise HTTPException(409, "Another change is being made; wait until it is done.")
 
 
-def _require_run(app: App) -> None:
+def _require_run(app: App) -> Path:
     if app.workspace.run is None:
         raise HTTPException(422, "A store alone has no network; open a run's folder for this.")
+    return app.workspace.run
 
 
 # ------------------------------------------------------------------------------- for programs

@@ -53,6 +53,7 @@ def line_style(index: int) -> LineStyle:
 
 PLAIN_STYLE = LineStyle("plain", "1 3", "cross")
 REFERENCE_STYLES = (LineStyle("reference", "8 4", "none"), LineStyle("reference", "1 4", "none"))
+_DOTS = REFERENCE_STYLES[1]
 
 
 @dataclass(frozen=True)
@@ -119,39 +120,97 @@ def axis_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(k * step / 100 for k in range(max(first, 0), last + 1))
 
 
+@dataclass(frozen=True)
+class Axis:
+    """From low to high, with (value, text) at its ticks."""
+
+    name: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Points:
+    """A line by its points (x, y), broken at None."""
+
+    label: str
+    style: LineStyle
+    points: tuple[tuple[float, Estimate] | None, ...]
+
+
+def percent_axis(name: str, low: float, high: float) -> Axis:
+    """Of fractions, in percent, from at or below ``low`` to at or above ``high``."""
+    ticks = axis_ticks(low, high)
+    return Axis(name, ticks[0], ticks[-1], tuple((v, f"{100 * v:g}") for v in ticks))
+
+
+def log_axis(name: str, values: Sequence[float]) -> Axis:
+    """Of whole numbers of at least 1, as log10, with a tick at each 1, 10, 100, ..."""
+    high = max(1, math.ceil(math.log10(max(*values, 2))))
+    return Axis(name, 0.0, float(high), tuple((float(k), f"{10**k:,}") for k in range(high + 1)))
+
+
 def line_chart(key: str, title: str, description: str, lines: Sequence[Line]) -> str:
     """Accuracy on the tasks seen so far (%) against the number of tasks learned.
 
     One line per method, broken where nothing was measured, in a band of ± one standard error.
     """
-    # Small enough to be legible on a phone, and enlarged where there is room.
-    width, height, left, right, top, bottom = 440.0, 280.0, 54.0, 12.0, 12.0, 50.0
     tasks = max((len(line.points) for line in lines), default=1)
     known = [e for line in lines for e in line.points if e is not None]
     lows = [e.mean - (e.error or 0) for e in known] or [0.0]
     highs = [e.mean + (e.error or 0) for e in known] or [1.0]
-    ticks = axis_ticks(max(min(lows), 0.0), min(max(highs), 1.0))
+    y = percent_axis("accuracy on the tasks seen (%)", max(min(lows), 0.0), min(max(highs), 1.0))
+    every = math.ceil(tasks / 10)
+    ticks = tuple((float(t), str(t + 1)) for t in range(0, tasks, every))  # 0: the first task
+    drawn = [
+        Points(line.label, line.style,
+               tuple(None if e is None else (float(t), e) for t, e in enumerate(line.points)))
+        for line in lines
+    ]  # fmt: skip
+    x = Axis("tasks learned", 0.0, tasks - 1.0, ticks)
+    return chart(key, title, description, drawn, x, y, marked=tasks <= 24)
 
-    def x(t: int) -> float:  # t = 0 is after the first task
-        inner = width - left - right - 24
-        return left + 12 + (inner * t / (tasks - 1) if tasks > 1 else inner / 2)
+
+def chart(
+    key: str,
+    title: str,
+    description: str,
+    lines: Sequence[Points],
+    x_axis: Axis,
+    y_axis: Axis,
+    *,
+    marked: bool = True,
+    diagonal: bool = False,
+) -> str:
+    """Lines over two axes, in bands of ± one standard error. diagonal: also y = x, in dots."""
+    # Small enough to be legible on a phone, and enlarged where there is room.
+    width, height, left, right, top, bottom = 440.0, 280.0, 54.0, 12.0, 12.0, 50.0
+
+    def x(value: float) -> float:
+        inner, span = width - left - right - 24, x_axis.high - x_axis.low
+        return left + 12 + (inner * (value - x_axis.low) / span if span > 0 else inner / 2)
 
     def y(value: float) -> float:
-        share = (min(max(value, 0.0), 1.0) - ticks[0]) / (ticks[-1] - ticks[0])
+        value = min(max(value, y_axis.low), y_axis.high)
+        share = (value - y_axis.low) / (y_axis.high - y_axis.low)
         return height - bottom - share * (height - top - bottom)
 
     parts = [_open_svg(key, title, description, width, height, enlarge=1.35)]
-    for tick in ticks:
+    for tick, text in y_axis.ticks:
         parts.append(f'<path class="grid" d="M{left:g} {y(tick):.1f}H{width - right:g}"/>')
-        parts.append(_text(left - 8, round(y(tick) + 4, 1), f"{100 * tick:g}", "end"))
-    every = math.ceil(tasks / 10)
-    for t in range(0, tasks, every):
-        parts.append(_text(round(x(t), 1), height - bottom + 18, str(t + 1)))
+        parts.append(_text(left - 8, round(y(tick) + 4, 1), text, "end"))
+    for tick, text in x_axis.ticks:
+        parts.append(_text(round(x(tick), 1), height - bottom + 18, text))
     middle = (top + height - bottom) / 2
     turned = f' class="axis" transform="rotate(-90 13 {middle:g})"'
-    parts.append(_text(13, middle, "accuracy on the tasks seen (%)", extra=turned))
-    parts.append(_text((left + width - right) / 2, height - 8, "tasks learned", "middle",
+    parts.append(_text(13, middle, y_axis.name, extra=turned))
+    parts.append(_text((left + width - right) / 2, height - 8, x_axis.name, "middle",
                        ' class="axis"'))  # fmt: skip
+    if diagonal:
+        low, high = max(x_axis.low, y_axis.low), min(x_axis.high, y_axis.high)
+        ends = f"M{x(low):.1f} {y(low):.1f}L{x(high):.1f} {y(high):.1f}"
+        parts.append(f'<g class="reference"><path class="line" d="{ends}"{_dash(_DOTS)}/></g>')
     segments = [(line, _segments(line.points)) for line in lines]
     for line, pieces in segments:
         for piece in pieces:
@@ -166,19 +225,21 @@ def line_chart(key: str, title: str, description: str, lines: Sequence[Line]) ->
         for piece in pieces:
             path = "L".join(f"{x(t):.1f} {y(e.mean):.1f}" for t, e in piece)
             parts.append(f'<path class="line" d="M{path}"{_dash(line.style)}/>')
-            if tasks <= 24:
+            if marked:
                 parts += [_marker(line.style.marker, x(t), y(e.mean)) for t, e in piece]
         parts.append("</g>")
     return "".join(parts) + "</svg>"
 
 
-def _segments(points: Sequence[Estimate | None]) -> list[list[tuple[int, Estimate]]]:
-    pieces: list[list[tuple[int, Estimate]]] = [[]]
-    for t, point in enumerate(points):
+def _segments(
+    points: Sequence[tuple[float, Estimate] | None],
+) -> list[list[tuple[float, Estimate]]]:
+    pieces: list[list[tuple[float, Estimate]]] = [[]]
+    for point in points:
         if point is None:
             pieces.append([])
         else:
-            pieces[-1].append((t, point))
+            pieces[-1].append(point)
     return [piece for piece in pieces if piece]
 
 

@@ -5,18 +5,22 @@ const form = document.getElementById("chosen");
 if (form) {
   const boxes = [...form.querySelectorAll(".gallery input[type=checkbox]")];
   const all = form.querySelector("[data-all]");
-  const box = all.querySelector("input");
+  const box = all?.querySelector("input");
   const count = form.querySelector("[data-count]");
-  const buttons = [...form.querySelectorAll(".actions button")];
+  const buttons = [...form.querySelectorAll(".actions button:not([data-always])")];
   const show = () => {
     const n = boxes.filter((b) => b.checked).length;
-    count.textContent = n ? `${n} chosen` : "choose examples to drop or forget them";
-    box.checked = n === boxes.length;
-    box.indeterminate = n > 0 && n < boxes.length;
+    count.textContent = n ? `${n} chosen` : count.dataset.count;
+    if (box) {
+      box.checked = n === boxes.length;
+      box.indeterminate = n > 0 && n < boxes.length;
+    }
     for (const b of buttons) b.disabled = n === 0;
   };
-  all.hidden = false;
-  box.addEventListener("change", () => { for (const b of boxes) b.checked = box.checked; show(); });
+  if (box) {
+    all.hidden = false;
+    box.addEventListener("change", () => { for (const b of boxes) b.checked = box.checked; show(); });
+  }
   let last = null;
   for (const b of boxes) {
     b.addEventListener("click", (event) => {
