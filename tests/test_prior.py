@@ -150,20 +150,6 @@ def test_a_state_with_something_missing_or_unknown_raises():
         Prior.from_state_dict({**state, "likelihood": {"name": "system"}})
 
 
-def test_a_term_of_ones_own_works_but_must_save_itself():
-    class Mine(Regulariser):
-        pass
-
-    prior = Prior(Categorical(), terms=(Mine(1.0),))
-    assert float(prior(net()).detach()) > 0
-
-    class Other:
-        memory = None
-
-    with pytest.raises(TypeError, match="a Other cannot be saved; its own code must do it"):
-        Prior(Categorical(), terms=(Other(),)).state_dict()  # type: ignore[arg-type]
-
-
 def test_another_dtype_and_back():
     prior, model = learned("full")
     single = prior.to(dtype=torch.float32)

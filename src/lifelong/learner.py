@@ -45,7 +45,7 @@ from .prior import Prior
 from .refit import Refit, refit, steps_of_removal
 from .removal import OnIndefinite
 from .streams import Task
-from .terms import MemoryTerm, Regulariser
+from .terms import MemoryTerm, Regulariser, is_own
 from .transfer import Classes, NewClasses, plan
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -466,7 +466,8 @@ class Learner:
         """
         state = checkpoint.load(path, kind="learner")
         try:
-            prior = Prior.from_state_dict(state["prior"])
+            own = [term for term in self.prior.terms if is_own(term)]
+            prior = Prior.from_state_dict(state["prior"], own=own)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} holds a prior that cannot be read ({error!r}); upgrade lifelong, or use "

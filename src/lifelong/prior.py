@@ -83,9 +83,11 @@ from .terms import (
     Regulariser,
     WeightTerm,
     complete,
+    is_belief,
+    is_own,
     kernel_term,
-    term_from_state,
     term_state,
+    terms_from_states,
 )
 from .terms import to as move_term
 from .transfer import ABSENT, Classes, NewClasses, plan, renamed_heads, require_classes
@@ -600,7 +602,7 @@ class Prior:
                 beliefs=past.beliefs,
                 strengths=past._each_strength,
             )
-        terms: list[Any] = [t for t in past.terms if isinstance(t, Regulariser)]
+        terms: list[Any] = [t for t in past.terms if is_belief(t)]
         in_weights = None if recipe.kernel else curvature
         # A gradient of 0 has an anchor too: what is forgotten later is taken out of it there.
         anchored = recipe.gradient != "none" or in_weights is not None or shares is not None
@@ -705,7 +707,7 @@ class Prior:
     # ---------------------------------------------------------------- change
 
     def discount(self, factor: float) -> Prior:
-        """Every term but the regulariser times ``factor``: an older past is believed less.
+        """Every term of data times ``factor``: an older past is believed less. R stays.
 
         FROMP's kernels are made afresh by each update, so theirs lasts until the next one.
         Raises ValueError for a factor outside [0, 1].
@@ -715,7 +717,7 @@ class Prior:
         return self._believed(factor)
 
     def _believed(self, factor: float) -> Prior:
-        terms = tuple(t if isinstance(t, Regulariser) else t * factor for t in self.terms)
+        terms = tuple(t if is_belief(t) else t * factor for t in self.terms)
         curvature = None if self.curvature is None else self.curvature * factor
         beliefs = tuple(b * factor for b in self.beliefs)
         return replace(self, terms=terms, curvature=curvature, beliefs=beliefs)
@@ -736,6 +738,22 @@ class Prior:
         """
         others = tuple(t for t in self.terms if not isinstance(t, Regulariser))
         return replace(self, terms=(regulariser, *others))
+
+    def with_term(self, term: Any) -> Prior:
+        """With one more term, of the user's own: ``term(model)`` in nats, differentiable, and
+        ``term * number`` (``terms.WeightSpaceTerm``).
+
+        It is a belief beside R and data: it stays as it is in updates, removals and transfers. A
+        file holds no code: ``load(path, own=[term])``. Raises TypeError for what is no such term.
+        """
+        missing = [n for n in ("__call__", "__mul__", "num_bytes") if not hasattr(term, n)]
+        if missing or not is_own(term):
+            raise TypeError(
+                "expected a term of your own, with term(model) -> nats, term * number and "
+                f"num_bytes, got {type(term).__name__}"
+                + (f" without {', '.join(missing)}" if missing else "; update makes those")
+            )
+        return replace(self, terms=(*self.terms, term))
 
     def forget(
         self,
@@ -1210,9 +1228,12 @@ class Prior:
         return checkpoint.save(path, self.state_dict(), kind="prior")
 
     @classmethod
-    def load(cls, path: str | Path) -> Prior:
-        """What ``save`` wrote, on the CPU. Raises FileNotFoundError, CheckpointError."""
-        return cls.from_state_dict(checkpoint.load(path, kind="prior"))
+    def load(cls, path: str | Path, *, own: Sequence[Any] = ()) -> Prior:
+        """What ``save`` wrote, on the CPU; own: its terms of ``with_term``, in their order.
+
+        Raises FileNotFoundError, CheckpointError; ValueError where ``own`` are others.
+        """
+        return cls.from_state_dict(checkpoint.load(path, kind="prior"), own=own)
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it."""
@@ -1231,13 +1252,14 @@ class Prior:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Prior:
-        """Raises KeyError for a missing entry, ValueError for a term that is not known."""
+    def from_state_dict(cls, state: Mapping[str, Any], *, own: Sequence[Any] = ()) -> Prior:
+        """own: as in ``load``. Raises KeyError for a missing entry, ValueError for a term that is
+        not known or not given."""
         curvature = state["curvature"]
         return cls(
             likelihood=unnamed(likelihoods, state["likelihood"]),
             recipe=Recipe.from_dict(state["recipe"]),
-            terms=tuple(term_from_state(term) for term in state["terms"]),
+            terms=terms_from_states(state["terms"], own),
             curvature=None if curvature is None else curvature_from_state_dict(curvature),
             num_data=state["num_data"],
             num_tasks=state["num_tasks"],

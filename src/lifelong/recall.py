@@ -27,7 +27,7 @@ from .models import Params, forward, parameters
 from .path import PathIntegral
 from .recipe import Recipe, require_strength
 from .strength import beginning, find_strength
-from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
+from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm, belief_gradient, is_belief
 
 Terms = tuple[Regulariser | WeightTerm | MemoryTerm | KernelTerm, ...]
 
@@ -451,8 +451,8 @@ def gradient(
             g = plus(g, _own_slope(kept, recipe, over))
         return g if held is None else plus(g, _own_slope(held, recipe, over), -1.0)
     for term in terms:
-        if isinstance(term, Regulariser) and term.precision:
-            g = plus(g, term.gradient(params), -1.0)
+        if is_belief(term):
+            g = plus(g, belief_gradient(term, over.model, params), -1.0)
     if recipe.gradient == "stationary" and held is not None:
         g = plus(g, _own_slope(held, recipe, over), -1.0)
     return g if any(bool(v.any()) for v in g.values()) else None

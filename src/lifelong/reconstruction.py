@@ -47,7 +47,7 @@ from .posterior import Posterior
 from .predictive import holding
 from .prior import Prior
 from .recall import Pass
-from .terms import MemoryTerm, Regulariser, WeightTerm
+from .terms import MemoryTerm, WeightTerm, is_belief
 
 Norm = Literal["posterior", "euclidean"]
 Interval = tuple[float, float]
@@ -645,7 +645,7 @@ def _accumulator(p: Tensor) -> torch.dtype:
 
 
 def _own_gradient(prior: Prior, model: nn.Module, batch_size: int) -> Params:
-    """∇K: of every term but the regulariser, a batch of memory at a time."""
+    """∇K: of every term but the beliefs beside the data, a batch of memory at a time."""
     params = parameters(model)
     total = {n: torch.zeros_like(p, dtype=_accumulator(p)) for n, p in params.items()}
     over = Pass(model, (), prior.likelihood, batch_size=batch_size)
@@ -655,7 +655,7 @@ def _own_gradient(prior: Prior, model: nn.Module, batch_size: int) -> Params:
             total = recall.plus(total, term.slope(params))
         elif isinstance(term, MemoryTerm):
             total = recall.plus(total, recall._memory_slope(term, over))
-        elif not isinstance(term, Regulariser):
+        elif not is_belief(term):
             others.append(term)
     if others:  # kernels couple their block, so that it is read whole
         with torch.enable_grad():

@@ -8,6 +8,8 @@ r"""Terms: the three ways in which a prior carries the past, and the regulariser
 with theta* the anchor, d = theta - theta*, f* the outputs there, Dm the change of the mean
 outputs. EWC is a WeightTerm with g = 0, a K-prior a MemoryTerm beside a Regulariser, FROMP a
 KernelTerm alone, gradient reconstruction the first three together.
+
+A term of the user's own is any ``WeightSpaceTerm``, a belief beside R (``is_own``).
 """
 
 from __future__ import annotations
@@ -369,9 +371,32 @@ class Completed:
         return 0.5 * self.regulariser.precision * sum(float(gap.square().sum()) for gap in gaps)
 
 
+def is_own(term: Any) -> bool:
+    """Whether it is a term of the user's own. Nothing of the data is in it, so that it stays as it
+    is, like R, whatever is learned, forgotten or believed less."""
+    return not isinstance(term, (Regulariser, WeightTerm, MemoryTerm, KernelTerm))
+
+
+def is_belief(term: Any) -> bool:
+    """Whether nothing of the data is in it: R, and the user's own."""
+    return isinstance(term, Regulariser) or is_own(term)
+
+
+def belief_gradient(term: Any, model: nn.Module, params: Mapping[str, Tensor]) -> Params:
+    """∇ of R or of a term of the user's own at the model's weights."""
+    if isinstance(term, Regulariser):
+        return term.gradient(params)
+    with torch.enable_grad():
+        value = term(model)
+        if not value.requires_grad:
+            return {n: torch.zeros_like(p) for n, p in params.items()}
+        found = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+    return dict(zip(params, found, strict=True))
+
+
 def complete(terms: Iterable[Any]) -> list[Callable[[nn.Module], Tensor]]:
     """The weight-space terms among ``terms``, a regulariser and a weight term as one."""
-    held: list[Any] = [t for t in terms if isinstance(t, (Regulariser, WeightTerm))]
+    held: list[Any] = [t for t in terms if not isinstance(t, (MemoryTerm, KernelTerm))]
     regulariser = next((t for t in held if isinstance(t, Regulariser) and t.precision), None)
     weight = next((t for t in held if isinstance(t, WeightTerm)), None)
     if regulariser is None or weight is None:
@@ -658,13 +683,14 @@ def to(term: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
             for b in term.blocks
         )
         return replace(term, memory=term.memory.to(device, dtype), blocks=blocks)
-    raise TypeError(f"cannot move a term of type {type(term).__name__}")
+    return term.to(device, dtype) if hasattr(term, "to") else term
 
 
 def term_state(term: Any) -> dict[str, Any]:
     """Nested dict of tensors and plain values, as ``checkpoint.save`` takes it.
 
-    Raises TypeError for a term of the user's own, and for what ``rounded`` gives.
+    Of a term of the user's own only the name of its class: whoever loads it gives it again.
+    Raises TypeError for what ``rounded`` gives.
     """
     if isinstance(term, WeightTerm) and is_rounded(term.curvature):
         raise TypeError(
@@ -698,7 +724,25 @@ def term_state(term: Any) -> dict[str, Any]:
             "blocks": blocks,
             "strength": term.strength,
         }
-    raise TypeError(f"a {type(term).__name__} cannot be saved; its own code must do it")
+    return {"name": "own", "kind": type(term).__name__}
+
+
+def terms_from_states(
+    states: Sequence[Mapping[str, Any]], own: Sequence[Any] = ()
+) -> tuple[Any, ...]:
+    """The terms that ``term_state`` was taken of; own: those of the user's own, in their order.
+
+    Raises ValueError for one that is not known, and where ``own`` are not those that were saved.
+    """
+    saved = [state["kind"] for state in states if state["name"] == "own"]
+    given = [type(term).__name__ for term in own]
+    if saved != given:
+        raise ValueError(
+            f"expected the terms of the user's own that were there when it was saved, own="
+            f"[{', '.join(saved)}], got [{', '.join(given)}]: a file holds no code"
+        )
+    rest = iter(own)
+    return tuple(next(rest) if s["name"] == "own" else term_from_state(s) for s in states)
 
 
 def term_from_state(state: Mapping[str, Any]) -> Any:

@@ -43,7 +43,7 @@ from .models import (
 from .prior import Prior
 from .refit import Method, Refit, refit, steps_of_removal
 from .removal import OnIndefinite, Removal
-from .terms import Regulariser
+from .terms import is_belief
 
 # --- unlearn --------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def unlearn(
     forgetting = time.perf_counter() - start
     objective = left
     if retained is not None:
-        kept = tuple(t for t in left.terms if isinstance(t, Regulariser))
+        kept = tuple(t for t in left.terms if is_belief(t))
         objective = replace(left, terms=kept)
     before = snapshot(parameters(model))
     done = None
