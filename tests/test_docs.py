@@ -8,6 +8,7 @@ synthetic.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import runpy
 import subprocess
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 CATEGORICAL = lifelong.Categorical()
 
 
@@ -110,6 +112,22 @@ def test_snippets_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_notebooks_run_and_show_what_they_gave(
+    notebook: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a kernel would run them, cell by cell; what is kept with each cell is no error."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    namespace: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"])
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), namespace)
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+    kinds = {kind for c in cells for o in c["outputs"] for kind in o.get("data", {})}
+    assert "image/png" in kinds
+    assert str(ROOT) not in notebook.read_text()
+
+
 def test_the_diff_is_the_loop_beside_it() -> None:
     diff = next(code for _, code in blocks(README, "diff")).splitlines()
     after = [line[1:] for line in diff if not line.startswith("-")]
@@ -132,7 +150,7 @@ def test_links_hold(page: Path) -> None:
 
 def test_every_page_and_example_is_linked_from_the_readme() -> None:
     text = README.read_text()
-    assert [p for p in (*PAGES[1:], *EXAMPLES) if f"]({name(p)})" not in text] == []
+    assert [p for p in (*PAGES[1:], *EXAMPLES, *NOTEBOOKS) if f"]({name(p)})" not in text] == []
 
 
 def test_results_stand_in_marked_blocks_only() -> None:

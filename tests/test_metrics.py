@@ -66,6 +66,7 @@ class TestByHand:
 
     def test_lower_triangle_is_enough(self) -> None:
         lower = AccuracyMatrix(torch.where(torch.ones(3, 3).tril().bool(), R.values, math.nan))
+        assert lower.curve == pytest.approx((0.9, (0.6 + 0.8) / 2, (0.5 + 0.85 + 0.7) / 3))
         for name in ("average_accuracy", "forgetting", "anytime_accuracy", "worst_task"):
             assert getattr(lower, name) == pytest.approx(getattr(R, name))
         assert math.isnan(lower.zero_shot_transfer([0.1, 0.1, 0.1]))

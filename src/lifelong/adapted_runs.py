@@ -47,7 +47,7 @@ from .networks import mlp
 from .prior import Prior
 from .readers import load
 from .recipe import Recipe
-from .refit import Refit, refit
+from .refit import Refit, is_convex, refit
 from .runs import CONFIG, LOG, TOML, VERSIONS, Plan, load_config, log, prepare, versions
 from .terms import MemoryTerm
 from .unlearning import audit
@@ -339,7 +339,10 @@ def _change(
             *some, (last, examples) = removed.items()
             for task, others in some:
                 labels = right[task].labels
-                learner.prior = learner.prior.relabel(learner.model, others, labels, task=task)
+                exactly = is_convex(learner.model, learner.prior)
+                learner.prior = learner.prior.relabel(
+                    learner.model, others, labels, task=task, exactly=exactly
+                )
             cost = learner.relabel(examples, right[last].labels, task=last, **options)
         elif isinstance(change, Regularise):
             cost = learner.regularise(change.precision, **options)

@@ -42,7 +42,7 @@ from .models import (
 )
 from .path import PathIntegral
 from .prior import Prior
-from .refit import Refit, refit, steps_of_removal
+from .refit import Refit, is_convex, refit, steps_of_removal
 from .removal import OnIndefinite
 from .streams import Task
 from .terms import MemoryTerm, Regulariser, is_own
@@ -259,12 +259,15 @@ class Learner:
         head: Head | None = None,
         **options: Any,
     ) -> Refit:
-        """Correct labels of the past: ``Prior.relabel`` (which says what the arguments are), and a
-        refit to what the examples say now. A network takes a few steps, as in ``remove``. Raises
-        as ``Prior.relabel`` and ``add``."""
+        """Correct labels of the past: ``Prior.relabel`` (which says what the arguments are; exactly
+        where the objective is convex), and a refit to what the examples say now. A network takes
+        a few steps, as in ``remove``. Raises as ``Prior.relabel`` and ``add``."""
         examples = data.train if isinstance(data, Task) else data
         with self._adapting() as finish:
-            prior = self.prior.relabel(self.model, examples, labels, task=task, head=head)
+            exactly = is_convex(self.model, self.prior)
+            prior = self.prior.relabel(
+                self.model, examples, labels, task=task, exactly=exactly, head=head
+            )
             done = self._in_few_steps(prior, options)
             finish(prior.rebase(self.model), self.model)
         return done

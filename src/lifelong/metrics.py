@@ -119,10 +119,14 @@ class AccuracyMatrix:
         return _mean_or_zero(best - self.values[-1, :-1])
 
     @property
+    def curve(self) -> tuple[float, ...]:
+        """(1/t) sum_{i<=t} R[t, i] after t = 1, ..., T tasks."""
+        return tuple(float(self.values[t, : t + 1].mean()) for t in range(self.num_tasks))
+
+    @property
     def anytime_accuracy(self) -> float:
-        """(1/T) sum_t (1/t) sum_{i<=t} R[t, i]: average incremental accuracy (Rebuffi 2017)."""
-        rows = [self.values[t, : t + 1].mean() for t in range(self.num_tasks)]
-        return float(torch.stack(rows).mean())
+        """The mean of ``curve``: average incremental accuracy (Rebuffi 2017)."""
+        return sum(self.curve) / self.num_tasks
 
     @property
     def learning_accuracy(self) -> float:

@@ -50,7 +50,7 @@ from .data import (
 )
 from .distributed import Ranks
 from .divergences import Logit
-from .errors import ClippedWarning, NotHeldWarning, StaleAnchorError
+from .errors import ClippedWarning, StaleAnchorError
 from .groups import Groups
 from .likelihoods import Likelihood, require_likelihood
 from .memory import Memory, memorise
@@ -864,27 +864,34 @@ class Prior:
         labels: Tensor | Sequence[Any],
         *,
         task: int | None = None,
+        exactly: bool = False,
         head: Head | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Prior:
         r"""Give past examples other labels; refit the model from the anchor afterwards.
 
-        A remembered example counts by its label from now on: its soft label, which came of the
-        wrong one, makes room for l(y', f), and its residual leaves g. Of the others
+        A remembered example counts by its label, l(y', f), from now on; its soft label came of the
+        wrong one. One that is not remembered is from now on, beyond the budget, where the prior
+        has a memory. G, which does not depend on labels, stays.
 
-            g' = g + sum_i J*_iᵀ (t(y_i) - t(y'_i))        t(y): the likelihood's statistic
+        exactly: what the old labels said of the first order leaves g, too,
 
-        and G, which does not depend on labels, stays. For a generalised linear model whose past is
-        held exactly this is the prior that the right labels would have made.
+            g' = g - sum_i J*_iᵀ r_i                            of those in memory
+            g' = g + sum_i J*_iᵀ (t(y_i) - t(y'_i))             of the others (t: the statistic)
+
+        as it does in a prior without a memory anyway. For a generalised linear model whose past is
+        held exactly the result is the prior that the right labels would have made. For a network
+        such a linear pull has no lower bound and holds near the anchor alone; with many labels it
+        led some priors away from all that they knew.
 
         data: the examples as they were learned, with their ids and the labels that they had;
         labels: (N,) or (N, C), the right ones, in that order; task: of which task they are, which
         may be left out as in ``forget``.
 
-        Warns with NotHeldWarning where the prior holds nothing of some labels. Raises ValueError
-        where of all, for labels that do not fit, ids that are given twice or remembered with
-        other inputs or labels, and for priors whose curvature or sums hold labels (the estimator
-        "empirical", groups), that mix their examples, or have several anchors.
+        Raises ValueError where the prior holds nothing of labels, for labels that do not fit, ids
+        that are given twice or remembered with other inputs or labels, and for priors whose
+        curvature or sums hold labels (the estimator "empirical", groups), that mix their examples,
+        or have several anchors.
         """
         self._require_collected("relabel")
         model = unwrapped(model)
@@ -895,20 +902,16 @@ class Prior:
                 "a sum of priors has several anchors, so nothing tells where these examples were "
                 "learned; relabel in each prior before adding them"
             )
-        terms, not_held = removal.relabel(
+        terms = removal.relabel(
             self.terms,
             self.recipe,
             Pass(model, data, self.likelihood, head_of(data, head), None, batch_size),
             torch.as_tensor(labels),
-            likelihood=self.likelihood,
+            exactly=exactly,
             task=task,
             beliefs=self.beliefs,
             strengths=self._each_strength,
         )
-        if not_held:
-            told = f"the {self.recipe.name} prior holds nothing of {not_held} of these examples"
-            told += ", whose labels stay as they were"
-            warnings.warn(NotHeldWarning(told, not_held), stacklevel=2)
         return replace(self, terms=terms)
 
     def rebase(self, model: nn.Module, *, batch_size: int = BATCH_SIZE) -> Prior:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, Kronecker, LowRank
-from .data import BATCH_SIZE, Examples, as_data, batches
+from .data import BATCH_SIZE, Examples, as_data, batches, head_mask
 from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
 from .jacobians import differentiating, residual
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
-from .memory import Memory
+from .memory import Memory, reference_outputs, remember
 from .models import (
     Inputs,
     Params,
@@ -218,14 +218,14 @@ def relabel(
     over: Pass,
     labels: Tensor,
     *,
-    likelihood: Any,
+    exactly: bool,
     task: int | None = None,
     beliefs: tuple[float, ...] = (1.0,),
     strengths: tuple[float, ...] = (1.0,),
-) -> tuple[Terms, int]:
-    """The terms with other labels for the examples ``over``, and of how many nothing was held.
+) -> Terms:
+    """The terms with other labels for the examples ``over``; see ``Prior.relabel``.
 
-    See ``Prior.relabel``; beliefs, strengths: as ``forget``.
+    beliefs, strengths: as ``forget``.
     """
     weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
     _require_labels_apart(recipe, weight, beliefs)
@@ -254,45 +254,61 @@ def relabel(
             "the examples as they were learned, with the labels that they had, and their task"
         )
     for items in new:
-        likelihood.validate(items.reference, items.labels, items.mask)
+        over.likelihood.validate(items.reference, items.labels, items.mask)
     held = torch.cat([m.origin.cpu() for m in old]) if old else ids[:0]
     others = ~torch.isin(ids, held)
     in_g = weight is not None and recipe.gradient != "none"
-    not_held = 0 if in_g else int(others.sum())
-    if not_held == len(ids):
+    if bool(others.any()) and not (in_g or recipe.keeps_memory):
         raise ValueError(
-            f"the {recipe.name} prior holds nothing of the labels of these examples: they are not "
-            "in memory, and it keeps no gradient of the past; learn them again with their labels"
+            f"the {recipe.name} prior holds nothing of the labels of these examples: it keeps "
+            "neither examples nor a gradient of the past; learn them again with their labels"
         )
-    if weight is None or not in_g:
-        return tuple(kept_terms), not_held
-    g = weight.gradient
-    if g is None:  # None stood for 0
-        g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}
-    with _at_anchor(over.model, weight.anchor), evaluating(over.model):
+    _, belief = _of_task(recipe, task, beliefs, strengths) if bool(others.any()) else (None, 1.0)
+    rest = _rows(over, others)
+    right = replace(rest, labels=labels[others].to(rest.labels))
+    with _at_anchor(over.model, None if weight is None else weight.anchor), evaluating(over.model):
+        if bool(others.any()) and recipe.keeps_memory and not (exactly and in_g):
+            items = _learned(over, right, task or 0, belief)
+            held_terms = [t for t in kept_terms if isinstance(t, MemoryTerm)] or [
+                MemoryTerm(items[:0], recipe.divergence)
+            ]
+            first = held_terms[0]
+            more = replace(first, memory=first.memory.add(items))
+            kept_terms = [t for t in kept_terms if t is not first] + [more]
+            others = torch.zeros_like(others)
+        if weight is None or not in_g or not (exactly or bool(others.any())):
+            return tuple(kept_terms)
+        g = weight.gradient
+        if g is None:  # None stood for 0
+            g = {n: torch.zeros_like(v) for n, v in weight.anchor.items()}
         for before, after in zip(old, new, strict=True):
-            for items, sign in ((before, -1.0), (after, 1.0)):
+            for items, sign in ((before, -1.0), (after, 1.0)) if exactly else ():
                 within = _in_gradient(items, beliefs)
                 if bool((within != 0).any()):
-                    g = plus(g, _residual_slope(over.model, items, likelihood, within), sign)
-        if bool(others.any()):
-            _, belief = _of_task(recipe, task, beliefs, strengths)
-            rest = _rows(over, others)
-            right = replace(rest, labels=labels[others].to(rest.labels))
-            for data, sign in ((right, belief), (rest, -belief)):
-                slope = data_gradient(
-                    over.model, data, likelihood, head=over.head, batch_size=over.batch_size
-                )
-                g = plus(g, slope, sign)
+                    slope = _residual_slope(over.model, items, over.likelihood, within)
+                    g = plus(g, slope, sign)
+        for data, sign in ((right, belief), (rest, -belief)) if bool(others.any()) else ():
+            slope = data_gradient(
+                over.model, data, over.likelihood, head=over.head, batch_size=over.batch_size
+            )
+            g = plus(g, slope, sign)
     changed_weight = replace(weight, gradient=g)
-    return tuple(changed_weight if t is weight else t for t in kept_terms), not_held
+    return tuple(changed_weight if t is weight else t for t in kept_terms)
+
+
+def _learned(over: Pass, data: Examples, task: int, belief: float) -> Memory:
+    """Items that count by their labels, with what the model says of them."""
+    batch = data.batch(slice(None))
+    f = reference_outputs(over.model, batch.inputs, over.batch_size)
+    over.likelihood.validate(f, batch.labels, head_mask(over.head, f.shape[1], f.device))
+    return remember(batch, f, head=over.head, task=task).weighted(0.0, belief)
 
 
 def _by_label(memory: Memory, which: Tensor, labels: Tensor, beliefs: tuple[float, ...]) -> Memory:
     """With these labels for the items ``which``, each counting itself by its label from now on.
 
     Its soft label came of the wrong one. And s D(f*, f) + <Jᵀ (h(f*) - t(y)), d> with another y
-    is not bounded below: no f has h(f) = h(f*) + t(y') - t(y). Its nll is, and it is the same
+    is not bounded below: no f has h(f) = h(f*) + t(y) - t(y'). Its nll is, and it is the same
     function of a generalised linear model's weights.
     """
     values, soft = memory.labels.clone(), memory.soft_weight

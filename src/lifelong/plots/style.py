@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +26,21 @@ TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 9.0, 8.0, 7.5  # points
 
 
 def new_figure(height: float) -> Figure:
+    """One that a notebook shows, though pyplot, which tells notebooks how, was not imported."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'lifelong[plots]'") from error
-    return Figure(figsize=(WIDTH, height), dpi=100, facecolor="white", layout="constrained")
+
+    figure = Figure(figsize=(WIDTH, height), dpi=100, facecolor="white", layout="constrained")
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=100)
+    return out.getvalue()
 
 
 def placed(ax: Axes | None, height: float) -> tuple[Figure, Axes]:
