@@ -415,6 +415,36 @@ def test_a_server_that_is_killed_goes_on(
     assert place.current.is_dir()
 
 
+def test_what_has_failed_is_tried_again_from_where_it_failed(
+    page: Client, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network has forgotten, the disk is full, the store still has it: nothing else reaches
+    an item that is not of today any more."""
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_erase", full)
+        version = page.get("/memory").value("version")
+        page.post("/changes/forget", [("items", 3), ("sure", "forget"), ("version", version)])
+        assert page.job()["state"] == "failed"
+    shown = page.get("/jobs/1")
+    assert "no space left on device" in shown.words
+    assert "Try again" in shown.words
+    with workspace(run).open() as store:
+        assert store.count(version=1) == 40
+    assert page.post("/jobs/1/again", []).status == 200
+    assert page.job()["state"] == "done"
+    with workspace(run).open() as store:
+        assert store.count(version=1) == 39
+    assert len(workspace(run).steps) == 1
+    again = page.post("/jobs/1/again", [])
+    assert again.status == 409
+    assert "where it has failed" in again.words
+    assert page.post("/jobs/7/again", []).status == 404
+
+
 def test_one_change_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = workspace(run)
     held = Jobs(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import tarfile
 import weakref
@@ -269,3 +270,13 @@ def test_bad_shards(shards: list[Path], tmp_path: Path) -> None:
     shards[0].write_bytes(b"no tar" * 200)
     with pytest.raises(ValueError, match="no tar file"):
         list(Shards(shards))
+
+
+def test_a_shard_of_many_files_leaves_no_record_of_those_it_passed(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{n:04}".encode(), "txt": b"x"} for n in range(300)]
+    write_shard(tmp_path / "many.tar", samples)
+    most = 0
+    for n, _ in enumerate(Shards(tmp_path / "many.tar")):
+        if n % 100 == 99:
+            most = max(most, sum(type(o) is tarfile.TarInfo for o in gc.get_objects()))
+    assert 0 < most < 10

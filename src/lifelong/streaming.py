@@ -89,6 +89,7 @@ class Shards:
 def _samples(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     sample: dict[str, Any] = {}
     for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # else a record of each file stays
         file = tar.extractfile(member) if member.isfile() else None
         if file is None:
             continue

@@ -87,6 +87,17 @@ class Jobs:
         self.waiting.put(number)
         return job
 
+    def again(self, number: int) -> None:
+        """Go on with the newest job, which has failed, from where it failed: what is done is not
+        done twice. Raises ChangedMeanwhileError for another job."""
+        with self.lock:
+            if number != max(self.all) or self.all[number].state != "failed":
+                raise ChangedMeanwhileError(
+                    "only the newest change can be tried again, where it has failed"
+                )
+            self._keep(replace(self.all[number], state="waiting"))
+        self.waiting.put(number)
+
     def _require_unchanged(self, seen: int) -> None:
         with self.workspace.open() as store:
             if store.version != seen:

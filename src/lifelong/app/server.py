@@ -16,7 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from threading import RLock, Thread
+from threading import BoundedSemaphore, RLock, Thread
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -101,6 +101,7 @@ class App:
         self.lock = RLock()
         self._index: index.Index | None = None
         self._network: tuple[int, measures.Network] | None = None
+        self._decoding = BoundedSemaphore(2)  # a picture may take 160 MB while it is decoded
         self._pictures: OrderedDict[tuple[int, str], bytes | str] = OrderedDict()
         self.jobs = Jobs(workspace, self.forget_pictures)
 
@@ -143,9 +144,10 @@ class App:
                 self._pictures.move_to_end(key)
                 return self._pictures[key]
         try:
-            made: bytes | str = thumbnails.picture(
-                store.raw(item.item), item, thumbnails.SIZES[size]
-            )
+            with self._decoding:
+                made: bytes | str = thumbnails.picture(
+                    store.raw(item.item), item, thumbnails.SIZES[size]
+                )
         except thumbnails.NoPictureError as error:
             made = str(error)
         with self.lock:
@@ -563,6 +565,15 @@ def _changes(api: FastAPI, app: App) -> None:
     async def relabel(request: Request) -> Response:
         form = await request.form()
         return await run_in_threadpool(_relabelled, app, dict(form.items()))
+
+    @post("/jobs/{number}/again")
+    def again(number: int) -> Response:
+        _job(app, number)
+        try:
+            app.jobs.again(number)
+        except ChangedMeanwhileError as error:
+            raise HTTPException(409, str(error)) from error
+        return RedirectResponse(f"/jobs/{number}", 303)
 
     @post("/measure")
     def measure() -> Response:
