@@ -62,6 +62,7 @@ CASES: dict[str, Callable[[], Prior]] = {
     "k_centre": _recipe(memory=5, score="k_centre"),
     "lowest": _recipe(memory=4, descending=False),
     "a sample": _recipe(structure="diagonal", curvature_examples=7, memory=3, score="random"),
+    "top outputs": _recipe(structure="diagonal", memory=4, top_outputs=2),
     "empirical": _recipe(structure="diagonal", estimator="empirical"),
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from .models import select as select_rows
 from .notebook import table
 from .scores import Score, outputs, score_batch
 from .serving import Served
+from .top_outputs import TopOutputs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,7 +62,8 @@ class Memory:
     """M remembered examples. Frozen: every change makes a new one.
 
     inputs (M, ...) or a dict of such, or ``Served`` from a disk; labels (M,) or (M, C);
-    reference (M, C): the model's outputs f* when it was last asked, before any mask;
+    reference (M, C): the model's outputs f* when it was last asked, before any mask, or
+    ``TopOutputs``, the largest of them; ``outputs`` is either as a tensor;
     soft_weight, hard_weight (M,): past examples that each stands for, by soft and by true label;
     task, origin (M,) int64: from which task, under which id there; head (M,) int64: index into
     ``heads``, the class sets (None: all outputs compete).
@@ -69,7 +71,7 @@ class Memory:
 
     inputs: Inputs
     labels: Tensor
-    reference: Tensor
+    reference: Tensor | TopOutputs
     soft_weight: Tensor
     hard_weight: Tensor
     task: Tensor
@@ -109,11 +111,12 @@ class Memory:
         """All the items, this memory's first; heads are merged."""
         if not others:
             return self
+        k = max((m.reference.k for m in (self, *others) if is_top(m.reference)), default=None)
         heads = tuple(dict.fromkeys(h for m in (self, *others) for h in m.heads))
         parts = []
         for m in (self, *others):
             index = torch.tensor([heads.index(h) for h in m.heads], device=m.head.device)
-            parts.append(replace(m, head=index[m.head]))
+            parts.append(replace(m.with_top(k), head=index[m.head]))
         merged: dict[str, Any] = {
             name: concat([getattr(part, name) for part in parts]) for name in _ROWS
         }
@@ -125,7 +128,26 @@ class Memory:
 
     def refresh(self, model: nn.Module, batch_size: int = BATCH_SIZE) -> Memory:
         """The same items with the beliefs of the present model, read in eval mode."""
-        return replace(self, reference=reference_outputs(model, self.inputs, batch_size))
+        f = reference_outputs(model, self.inputs, batch_size)
+        top = self.reference
+        return replace(self, reference=top.like(f, self.mask) if is_top(top) else f)
+
+    @property
+    def outputs(self) -> Tensor:
+        """f* (M, C) as a tensor."""
+        return read(self.reference)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the soft labels are all that the model said."""
+        return not is_top(self.reference)
+
+    def with_top(self, k: int | None) -> Memory:
+        """Of the outputs of each item the k largest that compete, and one number for the others
+        (``top_outputs.TopOutputs``); None keeps them as they are."""
+        if k is None or (is_top(self.reference) and self.reference.k == k):
+            return self
+        return replace(self, reference=TopOutputs.of(self.outputs, k, self.mask))
 
     @cached_property
     def head_masks(self) -> Tensor | None:
@@ -193,7 +215,13 @@ class Memory:
     def collected(self, ranks: Ranks) -> Memory:
         """``joined``, of the parts that the ranks hold; on every rank."""
         counts = ranks.objects(len(self))
-        columns = {name: ranks.gather_each(getattr(self, name)) for name in _ROWS}
+        top = self.reference
+        held = {name: getattr(self, name) for name in _ROWS}
+        if is_top(top):
+            held["reference"] = top.columns
+        columns = {name: ranks.gather_each(value) for name, value in held.items()}
+        if is_top(top):
+            columns["reference"] = TopOutputs(**columns["reference"], width=top.width)
         every = replace(self, **columns)
         starts = [sum(counts[:i]) for i in range(len(counts))]
         return Memory.joined([every[slice(a, a + n)] for a, n in zip(starts, counts, strict=True)])
@@ -222,12 +250,17 @@ class Memory:
         state: dict[str, Any] = {name: read(getattr(self, name)) for name in _ROWS}
         if isinstance(self.inputs, Mapping):
             state["inputs"] = dict(self.inputs)
+        if is_top(self.reference):
+            state["reference"] = self.reference.state_dict()
         return {**state, "heads": [None if h is None else list(h) for h in self.heads]}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Memory:
         heads = tuple(None if h is None else tuple(h) for h in state["heads"])
-        return cls(**{name: state[name] for name in _ROWS}, heads=heads)
+        columns = {name: state[name] for name in _ROWS}
+        if isinstance(columns["reference"], Mapping):
+            columns["reference"] = TopOutputs.from_state_dict(columns["reference"])
+        return cls(**columns, heads=heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +292,7 @@ class Sample:
 
     @property
     def reference(self) -> Tensor:
-        return self.memory.reference.index_select(0, self.index)
+        return take(self.memory.reference, self.index)  # type: ignore[return-value, arg-type]
 
     @property
     def head(self) -> Tensor:
@@ -279,6 +312,10 @@ def _stretch(n: int, rank: int, size: int) -> slice:
 
 
 _ROWS = tuple(field.name for field in fields(Memory) if field.name != "heads")
+
+
+def is_top(reference: Tensor | TopOutputs) -> TypeGuard[TopOutputs]:
+    return isinstance(reference, TopOutputs)
 
 
 def reference_outputs(model: nn.Module, inputs: Inputs, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -324,6 +361,7 @@ def memorise(
     task: int = 0,
     variance: Params | None = None,
     carry: curve.Carry | None = None,
+    top_outputs: int | None = None,
     generator: torch.Generator | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Memory:
@@ -336,13 +374,13 @@ def memorise(
     ``identify``, or "k_centre" (farthest outputs first; holds all outputs, two passes).
     per_class: spread evenly over the classes of integer labels. descending: False keeps the
     lowest scores. The items come back sorted by label and then score, so that ``draw`` spreads
-    over the classes.
+    over the classes. top_outputs: as ``Memory.with_top``; bytes are then those of what is kept.
 
     Raises ValueError where a number exceeds that of the examples, bytes hold not one of them, or no
     memory reaches the fidelity; for ids that are not in the data, and as ``identify`` does.
     """
     head = head_of(data, head)
-    passing = _Pass(model, data, likelihood, head, task, batch_size)
+    passing = _Pass(model, data, likelihood, head, task, batch_size, top_outputs)
     size = parse(budget)
     if isinstance(data, Shard):
         over = _Choice(size, score, per_class, descending, variance, generator)
@@ -503,6 +541,7 @@ class _Pass:
     head: Head | None
     task: int
     batch_size: int
+    top: int | None = None
     asks: bool = True
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor, Tensor | None]]:
@@ -527,7 +566,7 @@ class _Pass:
                 yield batch, f, mask
 
     def items(self, batch: Batch, f: Tensor) -> Memory:
-        return remember(batch, f, head=self.head, task=self.task)
+        return remember(batch, f, head=self.head, task=self.task).with_top(self.top)
 
 
 def _require_finite_inputs(inputs: Inputs) -> None:
@@ -595,7 +634,7 @@ def _of_all_ranks(passing: _Pass, by: _Choice, ids: Tensor | None) -> Memory:
     for batch, f, _ in passing:
         index = among(batch.ids, ordered).nonzero().squeeze(1)
         if len(index):
-            parts.append(passing.items(batch.rows(index), f[index]))
+            parts.append(replace(passing, top=None).items(batch.rows(index), f[index]))
     mine = parts[0].add(*parts[1:]) if parts else None
     heads = (passing.head,)
     columns = {
@@ -604,7 +643,7 @@ def _of_all_ranks(passing: _Pass, by: _Choice, ids: Tensor | None) -> Memory:
     }
     found = Memory(**columns, heads=heads)
     found = found[found.origin.argsort()]
-    return found[wanted.argsort().argsort()]
+    return found[wanted.argsort().argsort()].with_top(passing.top)
 
 
 def _chosen_positions(passing: _Pass, by: _Choice, count: int) -> Tensor:

@@ -136,6 +136,7 @@ def kprior(
     population: bool = False,
     strength: float = 1.0,
     score: str = "lambda",
+    top_outputs: int | None = None,
 ) -> Prior:
     r"""Knowledge-adaptation prior (Khan & Swaroop 2021):
 
@@ -154,6 +155,7 @@ def kprior(
         score=score,
         population=population,
         soft=strength,
+        top_outputs=top_outputs,
     )
     return _prior(likelihood, recipe, precision)
 
@@ -264,6 +266,7 @@ def gradient_reconstruction(
     equal_tasks: bool = False,
     total: bool = False,
     ask: bool = False,
+    top_outputs: int | None = None,
 ) -> Prior:
     r"""Weights, functions and replay in one prior (EWC+FR+Replay; Daxberger et al. 2023):
 
@@ -311,6 +314,7 @@ def gradient_reconstruction(
         replay_fraction=fraction,
         divergence=KL(temperature),
         ask=ask and soft > 0,
+        top_outputs=top_outputs,
     )
     return _prior(likelihood, recipe, precision)
 
@@ -322,6 +326,7 @@ def recommended(
     structure: Fitted = "kronecker",
     precision: float = 0.0,
     total: bool = False,
+    top_outputs: int | None = None,
 ) -> Prior:
     r"""What to take where nothing is known yet: ``gradient_reconstruction`` with nothing to tune.
 
@@ -350,7 +355,8 @@ def recommended(
     less, costs less where bfloat16 is no faster (``Prior.rounded``), and lets each example be
     forgotten exactly, where Kronecker factors of all less those of some may turn indefinite
     (``Prior.forget``: on_indefinite="clip"). total: one memory for all
-    tasks, which the first ones fill alone; tasks then count by their sizes.
+    tasks, which the first ones fill alone; tasks then count by their sizes. top_outputs: of many
+    classes the so many largest outputs of each soft label (``Recipe``).
     """
     prior = gradient_reconstruction(
         likelihood,
@@ -361,6 +367,7 @@ def recommended(
         total=total,
         ask=True,
         precision=precision,
+        top_outputs=top_outputs,
     )
     return replace(prior, recipe=replace(prior.recipe, name="recommended"))
 

@@ -509,6 +509,7 @@ class Prior:
             task=self.num_tasks,
             variance=variance,
             carry=carry,
+            top_outputs=recipe.top_outputs,
             generator=generator,
             batch_size=batch_size,
         )
@@ -949,6 +950,12 @@ class Prior:
                         True,
                     )
                     term = replace(term, memory=term.memory.refresh(model, batch_size))
+                    if not term.memory.is_whole:  # what is left of a soft label is not flat
+                        soft = replace(
+                            term, memory=term.memory.weighted(term.memory.soft_weight, 0.0)
+                        )
+                        slope = recall.slope(soft, model, self.likelihood, batch_size)
+                        g = recall.plus(g, slope, -1.0)
                 terms.append(term)
         if quadratic:
             terms.append(WeightTerm(snapshot(params), g, curvature, groups))

@@ -210,7 +210,7 @@ def _keys(
     """Scores of old and new items by their present beliefs, so that they compare."""
     if recipe.score == "random":
         return torch.rand(len(memory), generator=generator).to(memory.labels.device)
-    f = likelihood.mask(memory.reference, memory.mask)
+    f = likelihood.mask(memory.outputs, memory.mask)
     if recipe.score == "residual":
         return likelihood.residual(f, memory.labels).norm(dim=-1)
     return likelihood.hessian_trace(f)
@@ -460,8 +460,8 @@ def gradient(
 
 def _own_slope(memory: Memory, recipe: Recipe, over: Pass) -> Params:
     """The gradient that a memory carries itself: of its true labels, and of soft labels that were
-    not refreshed; fresh ones are flat."""
-    soft = 0.0 if recipe.refresh else memory.soft_weight
+    not refreshed, or of which only the largest were kept; fresh whole ones are flat."""
+    soft = 0.0 if recipe.refresh and memory.is_whole else memory.soft_weight
     items = memory.weighted(soft, memory.hard_weight)
     return _memory_slope(MemoryTerm(items, recipe.divergence), over)
 

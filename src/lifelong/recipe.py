@@ -103,6 +103,9 @@ class Recipe:
             theta* say of that very input, one more forward pass without gradient; so the term is
             0 and flat at theta* there too. False: it is that of the unchanged input. Buffers
             (running statistics) are the model's own of that moment.
+        top_outputs: of each item's soft label the so many largest outputs, and one number for the
+            others (``lifelong.top_outputs``); None keeps all. For many classes; what is cut off is
+            made up for in g, so that the gradient at theta* stays right. KL alone.
         kernel: "gp" (FROMP) or "identity" (FROMP-L2) couples the means of the outputs instead.
         kernel_precision, jitter: delta of FROMP's covariance, and what is added to K.
 
@@ -140,6 +143,7 @@ class Recipe:
     divergence: Divergence = field(default_factory=KL)
     refresh: bool = True
     ask: bool = False
+    top_outputs: int | None = None
     kernel: Kernel | None = None
     kernel_precision: float = 1e-3
     jitter: float = 1e-6
@@ -190,6 +194,15 @@ class Recipe:
                 "ask asks the newest weights about augmented inputs: expected refresh=True, and no "
                 "kernel or compact, whose beliefs are of one input each"
             )
+        if self.top_outputs is not None:
+            if self.top_outputs < 1:
+                raise ValueError(f"top_outputs must be at least 1, got {self.top_outputs}")
+            if self.kernel or self.compact or not isinstance(self.divergence, KL):
+                raise ValueError(
+                    "the largest outputs and one number for the others are a distribution, which "
+                    "only KL reads; expected top_outputs=None with a kernel, compact vectors or "
+                    f"the divergence {type(self.divergence).__name__}"
+                )
         if self.compact_iterations < 1:
             raise ValueError(
                 f"compact_iterations must be at least 1, got {self.compact_iterations}"

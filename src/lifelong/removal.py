@@ -254,7 +254,7 @@ def relabel(
             "the examples as they were learned, with the labels that they had, and their task"
         )
     for items in new:
-        over.likelihood.validate(items.reference, items.labels, items.mask)
+        over.likelihood.validate(items.outputs, items.labels, items.mask)
     held = torch.cat([m.origin.cpu() for m in old]) if old else ids[:0]
     others = ~torch.isin(ids, held)
     in_g = weight is not None and recipe.gradient != "none"
@@ -668,7 +668,7 @@ def _residual_slope(
     for start in range(0, len(items), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)
         part = items[rows]
-        r = residual(likelihood, part.reference, part.labels, part.mask)
+        r = residual(likelihood, part.outputs, part.labels, part.mask)
         with differentiating(model):
             f = forward(model, move(part.inputs, device_of(model)))
             value = (f * (r * weights[rows].unsqueeze(1)).to(f)).sum()

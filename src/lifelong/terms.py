@@ -34,7 +34,7 @@ from .groups import Groups
 from .jacobians import kernel
 from .likelihoods import Likelihood
 from .memory import Memory, Sample
-from .models import Inputs, Params, evaluating, match, move, nbytes, parameters, take
+from .models import Inputs, Params, evaluating, match, move, nbytes, parameters, read, take
 from .named import named, unnamed
 from .sharded import is_sharded, like, local, over_ranks, require_alike, whole
 
@@ -430,14 +430,15 @@ class MemoryTerm:
         reference: Tensor | None = None,
     ) -> Tensor:
         """f (B, C): outputs at the drawn inputs; reference (B, C): f*, the stored ones for None."""
-        reference = (drawn.reference if reference is None else reference).to(f.dtype)
+        said: Tensor = read(drawn.reference) if reference is None else reference
+        said = said.to(f.dtype)
         table = self.memory.head_masks
         if table is not None:
             mask = table[drawn.head]
-            f, reference = likelihood.mask(f, mask), likelihood.mask(reference, mask)
+            f, said = likelihood.mask(f, mask), likelihood.mask(said, mask)
         values = []
         if self.has_soft:
-            distance = self.divergence(likelihood, reference, f)
+            distance = self.divergence(likelihood, said, f)
             values.append(torch.dot(drawn.soft_weight.to(distance.dtype), distance))
         if self.has_hard:
             nll = likelihood.nll(f, drawn.labels)
@@ -616,7 +617,7 @@ def kernel_term(
         if len(heads) > 1:
             raise ValueError(f"task {task} has examples of several heads {heads}; give each a task")
         head = heads.pop()
-        mean = likelihood.mean(columns(rows.reference, head))
+        mean = likelihood.mean(columns(rows.outputs, head))
         precision = None
         if variance is not None:
             mask = rows.mask

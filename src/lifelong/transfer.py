@@ -36,7 +36,7 @@ from .errors import StaleAnchorError
 from .groups import Groups, Share
 from .jacobians import gradient as data_gradient
 from .likelihoods import Bernoulli, Categorical, Likelihood
-from .memory import Memory
+from .memory import Memory, is_top
 from .models import Params, device_of, evaluating, forward, move, parameters, rows, snapshot, take
 from .recall import Terms, by_head, plus
 from .recipe import Recipe
@@ -469,7 +469,7 @@ def _narrowed(
     if not isinstance(likelihood, Categorical):
         if memory.labels.ndim < 2:
             return memory
-        said = likelihood.mean(memory.reference).to(memory.labels)
+        said = likelihood.mean(memory.outputs).to(memory.labels)
         return replace(memory, labels=torch.where(gone, said, memory.labels))
     if memory.labels.ndim == 1:
         memory = memory.drop(gone[memory.labels])
@@ -518,8 +518,14 @@ def _reindexed(
         new = tuple(sorted(where[c] for c in head if c in where))
         return None if new == every else new
 
-    memory = replace(memory, reference=_columns(memory.reference, classes, ABSENT), labels=labels)
-    return _with_heads(memory, tuple(found(h) for h in memory.heads))
+    # One number for the others cannot say 0 of a class and something of the rest.
+    zero = None in classes and new_classes == "zero"
+    k = memory.reference.k if is_top(memory.reference) and not zero else None
+    f = _columns(memory.outputs, classes, ABSENT)
+    memory = _with_heads(
+        replace(memory, reference=f, labels=labels), tuple(found(h) for h in memory.heads)
+    )
+    return memory.with_top(k)
 
 
 def _columns(x: Tensor, classes: tuple[int | None, ...], fill: float) -> Tensor:

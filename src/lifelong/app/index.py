@@ -125,7 +125,7 @@ def beliefs(
     for places in layouts.values():
         numbers = [items[place].item for place in places]
         memory = store.memory(numbers, decode=lambda raw: torch.zeros(len(raw), 0))
-        f = memory.reference
+        f = memory.outputs
         if f.ndim != 2 or not torch.isfinite(f).all():
             continue
         f = likelihood.mask(f, memory.mask)
@@ -164,7 +164,7 @@ def believed(store: MemoryStore, items: Sequence[Item]) -> list[tuple[list[float
     memory = store.memory([i.item for i in items], decode=lambda raw: torch.zeros(len(raw), 0))
     likelihood: Any = likelihood_of(store)
     mask = memory.mask
-    mean = likelihood.mean(likelihood.mask(memory.reference, mask)).tolist()
+    mean = likelihood.mean(likelihood.mask(memory.outputs, mask)).tolist()
     every = list(range(memory.reference.shape[1]))
     competing = [every] * len(items) if mask is None else [
         row.nonzero().squeeze(1).tolist() for row in mask
@@ -176,5 +176,5 @@ def soft_label(store: MemoryStore, item: Item, version: int | None = None) -> li
     """E[y | f*] of one item at a version: (C,), over the outputs that compete."""
     memory = store.memory([item.item], version=version, decode=lambda raw: torch.zeros(len(raw), 0))
     likelihood: Any = likelihood_of(store)
-    mean = likelihood.mean(likelihood.mask(memory.reference, memory.mask))
+    mean = likelihood.mean(likelihood.mask(memory.outputs, memory.mask))
     return [float(x) for x in mean[0]]

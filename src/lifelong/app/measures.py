@@ -143,7 +143,7 @@ def _scores(
     learner: Learner, prior: Prior, memory: Memory
 ) -> tuple[dict[str, dict[str, float]], int]:
     likelihood = prior.likelihood
-    f = likelihood.mask(memory.reference, memory.mask)
+    f = likelihood.mask(memory.outputs, memory.mask)
     order = likelihood.residual(f, memory.labels).norm(dim=-1).argsort(descending=True)
     some = memory[order[:MOST_ITEMS]]
     curvature, damping = _sigma(learner, prior, memory)

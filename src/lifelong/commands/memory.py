@@ -356,7 +356,7 @@ def _beliefs(
 ) -> tuple[list[float], list[float] | None]:
     """f*, and E[y | f*] by the likelihood of the prior that was saved with it; None without one."""
     remembered = store.memory([item.item], version=version, decode=lambda raw: _no_inputs(len(raw)))
-    outputs = remembered.reference
+    outputs = remembered.outputs
     try:
         likelihood = store.load_prior(version).likelihood
     except ValueError:  # there is none, or it is damaged: ``verify`` tells

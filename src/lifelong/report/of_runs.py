@@ -122,7 +122,7 @@ def _galleries(folder: Path) -> tuple[Gallery, ...]:
     memory = prior.memory
     if memory is None or not len(memory) or not isinstance(memory.inputs, torch.Tensor):
         return ()
-    f = prior.likelihood.mask(memory.reference, memory.mask)
+    f = prior.likelihood.mask(memory.outputs, memory.mask)
     score = prior.likelihood.hessian_trace(f).double()
     if not math.isfinite(float(score.sum())):
         return ()

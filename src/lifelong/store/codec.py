@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import StoreDamagedError
-from ..memory import Memory
+from ..memory import Memory, is_top
 from ..models import Inputs
+from ..top_outputs import TopOutputs
 from .base import Decode, Kind
 
 _DTYPES = {
@@ -177,26 +178,36 @@ class InputLayout:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How an item's label, outputs and weights were stored."""
+    """How an item's label, outputs and weights were stored. top: k, C and dtype of packed
+    ``TopOutputs``, None for outputs as they are."""
 
     label: Column
     reference: Column
     weight: tuple[torch.dtype, torch.dtype]
+    top: tuple[int, int, torch.dtype] | None = None
 
     @cached_property
     def spec(self) -> str:
         """In json."""
         weight = [str(dtype).removeprefix("torch.") for dtype in self.weight]
-        return json.dumps(
-            {"label": self.label.spec(), "reference": self.reference.spec(), "weight": weight}
-        )
+        value = {"label": self.label.spec(), "reference": self.reference.spec(), "weight": weight}
+        if self.top is not None:
+            k, width, dtype = self.top
+            value["top"] = [k, width, str(dtype).removeprefix("torch.")]
+        return json.dumps(value)
 
     @classmethod
     def of(cls, spec: str) -> StateLayout:
         value = parse(spec)
         try:
             soft, hard = (_DTYPES[name] for name in value["weight"])
-            return cls(Column.of(value["label"]), Column.of(value["reference"]), (soft, hard))
+            top = None
+            if value.get("top") is not None:
+                k, width, name = value["top"]
+                if not 0 < int(k) <= int(width) < 2**31:
+                    raise ValueError(value["top"])
+                top = (int(k), int(width), _DTYPES[name])
+            return cls(Column.of(value["label"]), Column.of(value["reference"]), (soft, hard), top)
         except (TypeError, KeyError, ValueError) as error:
             raise StoreDamagedError(f"a layout of items cannot be read: {spec[:80]!r}") from error
 
@@ -310,10 +321,15 @@ def encode_states(
     scores: Iterable[Mapping[str, float]],
 ) -> list[State]:
     """heads: the store's number of each of ``memory.heads``; scores: by name, of each item."""
+    top, reference_rows = None, memory.reference
+    if is_top(memory.reference):
+        top = (memory.reference.k, memory.reference.width, memory.reference.dtype)
+        reference_rows = memory.reference.packed()
     layout = StateLayout(
         column_of(memory.labels),
-        column_of(memory.reference),
+        column_of(reference_rows),  # type: ignore[arg-type]
         (memory.soft_weight.dtype, memory.hard_weight.dtype),
+        top,
     )
     return [
         State(layout, name.encode(), integer(task), integer(origin), integer(heads[head]),
@@ -329,7 +345,7 @@ def encode_states(
             scores,
             notes,
             layout.label.rows(memory.labels),
-            layout.reference.rows(memory.reference),
+            layout.reference.rows(reference_rows),  # type: ignore[arg-type]
             strict=True,
         )
     ]  # fmt: skip
@@ -415,10 +431,13 @@ def believed(inputs: Any, states: Sequence[State], heads: Mapping[int, Any]) -> 
     except KeyError as error:
         raise StoreDamagedError(f"head {error} is missing; call store.verify()") from error
     soft, hard = of_state.weight
+    reference: Any = _filled(of_state.reference, columns["reference"])
+    if of_state.top is not None:
+        reference = TopOutputs.unpacked(reference, *of_state.top)
     return Memory(
         inputs=inputs,
         labels=_filled(of_state.label, columns["label"]),
-        reference=_filled(of_state.reference, columns["reference"]),
+        reference=reference,
         soft_weight=torch.from_numpy(_packed(columns["soft"], ">f8")).to(soft),
         hard_weight=torch.from_numpy(_packed(columns["hard"], ">f8")).to(hard),
         task=torch.from_numpy(_packed(columns["task"], ">i8")),

@@ -191,7 +191,7 @@ def _row(store: MemoryStore, item: Item, version: int, whole: bool) -> dict[str,
         tensors = value.values() if isinstance(value, dict) else [value]
         columns = [(codec.column_of(x.unsqueeze(0)), x.unsqueeze(0)) for x in tensors]
         value = b"".join(column.rows(x)[0] for column, x in columns)
-    reference = store.memory([item.item], version=version, decode=_no_inputs).reference[0]
+    reference = store.memory([item.item], version=version, decode=_no_inputs).outputs[0]
     scores = json.dumps(item.scores)
     return {**row, "scores": scores, "input": value, "reference": reference.double().tolist()}
 

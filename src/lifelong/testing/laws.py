@@ -480,7 +480,7 @@ def blended(case: Case, *, blend: float = 0.3, seed: int = 0) -> float:
     soft = MemoryTerm(items.weighted(1 - blend, 0.0))
     two = Prior(case.likelihood, terms=(soft, MemoryTerm(items.weighted(0.0, blend))))
     mask = items.mask
-    f, reference = forward(model, items.inputs), items.reference
+    f, reference = forward(model, items.inputs), items.outputs
     f, reference = (case.likelihood.mask(v, mask) for v in (f, reference))
     # t(y) is what the residual subtracts: E[t | f] - t(y), up to the noise of a Gaussian.
     scale = case.likelihood.hessian(torch.zeros_like(f[:1]))[0, 0, 0]
