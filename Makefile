@@ -81,8 +81,8 @@ $(VENV)/.dev: $(PINS)
 	@touch $@
 
 $(VENV)/.integrations: $(VENV)/.dev
-	@echo "== installing the frameworks that are integrated, about 700 MB"
-	@$(PIP) --editable '.[dev,hf,avalanche,lightning]' --constraint $(PINS)
+	@echo "== installing the frameworks that are integrated, about 1 GB"
+	@$(PIP) --editable '.[dev,hf,avalanche,lightning,mlflow,wandb]' --constraint $(PINS)
 	@touch $@
 
 $(VENV)/.ui: $(VENV)/.dev

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -240,11 +240,13 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
             runs.require_free(folder)
         torch.set_num_threads(config.training.threads)
         plan = runs.prepare(config)
-        if new and first:
-            runs.create(plan, folder)
         try:
-            with run_progress(plan, quiet=output.quiet or not first) as watch:
-                summary = runs.execute(plan, folder, watch, ranks)
+            # What cannot be told is said before there is a run.
+            with _tracking(plan, folder, output.track if first else None) as told:
+                if new and first:
+                    runs.create(plan, folder)
+                with run_progress(plan, quiet=output.quiet or not first) as shown:
+                    summary = runs.execute(plan, folder, _both(shown, told), ranks)
         except KeyboardInterrupt:
             if first:
                 sys.stderr.write(f"\nInterrupted. Go on with: {runs.resume_command(folder)}\n")
@@ -261,6 +263,26 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
     else:
         run_table(plan, summary, folder)
     return 0
+
+
+def _tracking(plan: Any, folder: Path, specs: Sequence[str] | None) -> Any:
+    """A watch that tells trackers; None where there are none, as on ranks but the first."""
+    if specs is None or not (specs or (folder / "trackers.json").is_file()):
+        return nullcontext()
+    from .trackers import tracking
+
+    return tracking(plan, folder, specs)
+
+
+def _both(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return one or other
+
+    def watch(event: Any) -> None:
+        one(event)
+        other(event)
+
+    return watch
 
 
 @contextmanager

@@ -227,6 +227,11 @@ class Output:
     """Go on with the interrupted run in this folder, with its settings."""
     config: Annotated[Path | None, arg(metavar="FILE"), _default("none")] = None
     """A TOML file of these flags without the dashes; flags win over it."""
+    track: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="KIND[:WHERE]"), _default("none")
+    ] = ()
+    """Also tell tensorboard[:DIR], mlflow[:URI], wandb[:PROJECT] or trackio[:PROJECT]; say it \
+again for the next one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
     quiet: bool = False
@@ -408,6 +413,8 @@ def _flags(content: Mapping[str, Any], switches: Iterable[str], path: Path) -> I
                 raise UsageError(f"{path}: write the settings of the prior as a table, [set]")
             for setting, given in value.items():
                 yield from (flag, f"{setting}={_toml(given)}")
+        elif name == "track" and isinstance(value, list):
+            yield from (part for one in value for part in (flag, str(one)))
         elif isinstance(value, bool | Mapping | list):
             raise UsageError(f"{path}: {name} cannot be {value!r}")
         else:
