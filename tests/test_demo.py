@@ -113,6 +113,20 @@ def test_the_command_writes_a_page_and_two_tables(
     assert [s["title"] for s in numbers["sections"]] == list(demo.SCENARIOS.values())
 
 
+def test_the_tables_in_one_object(
+    found: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(demo, "learn", lambda *args, **options: found)
+    assert cli.main(["demo", "--json", "--quiet", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert err == ""
+    assert Path(told["report"]).is_file()
+    assert [table["title"] for table in told["tables"]] == [s.title for s in found.sections]
+    assert [len(table["rows"]) for table in told["tables"]] == [5, 5]
+
+
 def test_without_scikit_learn_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import sklearn.datasets  # noqa: F401  # sets variables of the environment as it is imported
+import tensorboardX  # noqa: F401  # so does it
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

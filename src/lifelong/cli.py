@@ -22,6 +22,7 @@ from typing import Any
 
 from .commands.bench import bench
 from .commands.certificate import certificate
+from .commands.completion import completion
 from .commands.flags import parse
 from .commands.memory import memory
 from .commands.plan import forecast
@@ -53,10 +54,27 @@ commands:
   report       one page of runs, and their figures and tables as files
   ui           a page in the browser: what is remembered, learning curves, changes
   certificate  check a certificate of unlearning, or make a key to sign with
+  completion   a script that completes commands and flags in bash, zsh or fish
 
 options:
   -h, --help    show this help; after a command, the help of that command
   --version     show the version
+
+options of every command:
+  --quiet       show no progress: results and errors alone
+  --json        print one JSON object on standard output, and nothing else there
+  --no-color    plain text, as with NO_COLOR
+  --debug       show the whole traceback of an error
+
+files:
+  runs/x/           a run: config.toml, log.txt, result.json, seed-0/learner.safetensors
+  runs/x.ui/        what lifelong ui keeps beside it: memory, changes, certificates
+
+environment:
+  LIFELONG_DATA     folder with the data sets, where --data is not given
+  NO_COLOR          any value: no colours
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
 
 examples:
   lifelong demo
@@ -97,8 +115,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Prints errors as one line on standard error."""
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _main(argv)
+        with _plain("--no-color" in given):
+            code = _main([arg for arg in given if arg != "--no-color"])
         sys.stdout.flush()
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # or Python says so as it flushes for the last time
@@ -107,11 +127,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextmanager
+def _plain(wanted: bool) -> Iterator[None]:
+    """Without colours inside: rich and tyro ask the environment."""
+    before = os.environ.get("NO_COLOR")
+    if not wanted or before:
+        yield
+        return
+    os.environ["NO_COLOR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["NO_COLOR"]
+        if before is not None:
+            os.environ["NO_COLOR"] = before
+
+
 _PIPE = 128 + 13  # as the shell tells of a program that SIGPIPE ended
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    args = list(sys.argv[1:] if argv is None else argv)
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
         return 0 if args else 2
@@ -130,6 +165,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "report": report,
         "ui": ui,
         "certificate": certificate,
+        "completion": completion,
     }
     name, *rest = args
     if name not in commands:
@@ -138,6 +174,8 @@ def _main(argv: Sequence[str] | None) -> int:
         kind = "option" if name.startswith("-") else "command"
         return _fail("lifelong", f"there is no {kind} {name!r}; {hint}", 2)
     prog = f"lifelong {name}"
+    if name in _STILL:
+        rest = [arg for arg in rest if arg != "--quiet"]
     try:
         return commands[name](rest)
     except SystemExit as stop:  # of tyro: after --help, or a wrong flag that it has explained
@@ -152,6 +190,9 @@ def _main(argv: Sequence[str] | None) -> int:
         if "--debug" in rest:
             raise
         return _fail(prog + _which(), _one_line(error), 2 if isinstance(error, UsageError) else 1)
+
+
+_STILL = ("memory", "plan", "report", "ui", "certificate", "completion")  # they show no progress
 
 
 def _fail(prog: str, message: str, code: int) -> int:
@@ -327,7 +368,13 @@ def _demo(args: list[str]) -> int:
     with demo_progress(quiet=flags.quiet) as watch:
         found = demo.learn(range(flags.seeds), watch)
     demo.write(replace(found, command=shlex.join(["lifelong", "demo", *args])), page)
-    demo_tables(found, page)
+    if flags.json:
+        from .report import summary_rows
+
+        tables = [{"title": s.title, "rows": summary_rows(s)} for s in found.sections]
+        sys.stdout.write(json.dumps({"tables": tables, "report": str(page)}) + "\n")
+    else:
+        demo_tables(found, page)
     return 0
 
 

@@ -259,6 +259,8 @@ class DemoFlags:
     """How many seeds: 0, 1, ..."""
     threads: int = 1
     """Threads of the processor that torch may use; the networks are too small to gain by more."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
     quiet: bool = False
     """Show no progress."""
     debug: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,15 @@ examples:
 class Verify:
     file: Annotated[Positional[Path], arg(metavar="FILE", help="certificate.json")]
     key: Annotated[Path, arg(metavar="PUB", help="the public key of whom you trust, PEM")]
+    json: Annotated[bool, arg(help="print one JSON object on standard output")] = False
+    debug: Annotated[bool, arg(help="show the whole traceback of an error")] = False
 
 
 @dataclass(frozen=True)
 class Key:
     file: Annotated[Positional[Path], arg(metavar="FILE", help="where the private key goes")]
+    json: Annotated[bool, arg(help="print one JSON object on standard output")] = False
+    debug: Annotated[bool, arg(help="show the whole traceback of an error")] = False
 
 
 def certificate(args: list[str]) -> int:
@@ -51,7 +56,11 @@ def certificate(args: list[str]) -> int:
         from ..certificate import create_key
 
         private, public = create_key(flags.file)
-        sys.stdout.write(f"private key {private}, for you alone\npublic key  {public}\n")
+        if flags.json:
+            told = {"private": str(private), "public": str(public)}
+            sys.stdout.write(json.dumps(told) + "\n")
+        else:
+            sys.stdout.write(f"private key {private}, for you alone\npublic key  {public}\n")
         return 0
     if kind != "verify":
         raise UsageError(f"there is no kind {kind!r}; say verify or key")
@@ -59,6 +68,11 @@ def certificate(args: list[str]) -> int:
     from ..certificate import Certificate, listing
 
     found = Certificate.load(flags.file).verify(flags.key)
+    if flags.json:
+        changed = [] if found.valid else list(listing(found.changed))
+        told = {"valid": found.valid, "reason": found.reason, "changed": changed}
+        sys.stdout.write(json.dumps(told) + "\n")
+        return 0 if found.valid else 1
     sys.stdout.write(("VALID. " if found.valid else "NOT VALID. ") + _inert(found.reason) + "\n")
     for field in () if found.valid else listing(found.changed):
         sys.stdout.write(f"  changed: {_inert(field)}\n")

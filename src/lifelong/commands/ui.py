@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from contextlib import suppress
@@ -39,6 +40,8 @@ class UiFlags:
     """On 127.0.0.1, which other machines do not reach."""
     browser: bool = False
     """Open the page in the browser."""
+    json: bool = False
+    """Print the address as one JSON object on standard output, and nothing else there."""
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -63,7 +66,10 @@ def ui(args: list[str]) -> int:
     hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
     served = app.make(found, token=token, hosts=hosts)
     address = f"http://127.0.0.1:{port}/?token={token}"
-    sys.stdout.write(f"{found.name} is shown at\n\n  {address}\n\nCtrl-C ends it.\n")
+    if flags.json:
+        sys.stdout.write(json.dumps({"name": found.name, "address": address}) + "\n")
+    else:
+        sys.stdout.write(f"{found.name} is shown at\n\n  {address}\n\nCtrl-C ends it.\n")
     sys.stdout.flush()
     if flags.browser:
         import webbrowser
