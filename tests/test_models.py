@@ -22,6 +22,7 @@ from lifelong.models import (
     rows,
     snapshot,
     take,
+    unwrapped,
     widen,
 )
 
@@ -237,3 +238,17 @@ def test_require_finite(bad: float) -> None:
     require_finite(torch.zeros(2), "the loss")
     with pytest.raises(NonFiniteError, match="the loss is NaN or infinite; lower the learning"):
         require_finite(torch.tensor([0.0, bad]), "the loss")
+
+
+def test_a_model_that_fabric_has_set_up_is_the_one_inside() -> None:
+    """A stand-in for its wrapper; tests/integrations have the real one."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    plain = nn.Linear(2, 2)
+    assert unwrapped(Wrapper(plain)) is not plain  # anybody's module may be called so
+    Wrapper.__module__ = "lightning.fabric.wrappers"
+    assert unwrapped(Wrapper(plain)) is plain

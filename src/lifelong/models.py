@@ -123,14 +123,22 @@ def parameters(
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module whose parameters have the user's names: inside of DistributedDataParallel,
-    DataParallel and what ``torch.compile`` returns, one in another or not."""
+    DataParallel, what ``torch.compile`` returns and what Lightning's Fabric sets up, one in another
+    or not. Accelerate prepares a model as one of these."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
+        elif _of_fabric(model) and isinstance(inner := getattr(model, "module", None), nn.Module):
+            model = inner
         else:
             return model
+
+
+def _of_fabric(model: nn.Module) -> bool:
+    """Told by where its class is from, since Lightning takes seconds to import."""
+    return type(model).__module__.startswith(("lightning.fabric", "lightning_fabric"))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -277,7 +277,7 @@ def test_fabric_needs_three_lines(precision: Any) -> None:
     twin = torch.optim.Adam(plain.parameters(), lr=1e-2)
     dtype = torch.bfloat16 if "bf16" in precision else None
     for x, y in DataLoader(task(1), 8):
-        past = prior(model.module) / len(task(1))
+        past = prior(model) / len(task(1))
         optimizer.zero_grad()
         fabric.backward(F.cross_entropy(model(x), y) + past)
         fabric.clip_gradients(model, optimizer, max_norm=0.1)
@@ -289,7 +289,8 @@ def test_fabric_needs_three_lines(precision: Any) -> None:
         nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         twin.step()
     torch.testing.assert_close(flat(net.parameters()), flat(plain.parameters()))
-    assert prior.update(model.module, task(1)).num_tasks == 2
+    assert torch.equal(prior(model), prior(net))  # in its wrapper, too
+    assert prior.update(model, task(1)).num_tasks == 2
 
 
 # -------------------------------------------------------------------- processes

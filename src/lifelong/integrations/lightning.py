@@ -14,9 +14,9 @@ clipping and the step, as in a loop written by hand. The prior is computed outsi
 
 Fabric leaves the loop to you, so nothing is needed but the loop's own lines:
 
-    past = prior(model.module) / len(task)          # model = fabric.setup(...); under its names
+    past = prior(model) / len(task)                 # model = fabric.setup(...)
     fabric.backward(F.cross_entropy(model(x), y) + past)
-    prior = prior.update(model.module, task)        # after the task
+    prior = prior.update(model, task)               # after the task
 """
 
 from __future__ import annotations
