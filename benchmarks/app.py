@@ -1,10 +1,11 @@
 """The page with 100,000 items: seconds of the first page and of the others, and the server's bytes.
 
-    python -m benchmarks.app --out DIR [--items 100000]
+    python -m benchmarks.app --out DIR [--items 100000] [--browser /usr/bin/chromium]
 
 The items are small images in a store, with a score each. The server is in a process of its own,
 as ``lifelong ui`` starts it; what is read is its peak of memory. Each reading of a page is beside
-one of a static file of the same server, so that the ratio says what the page adds.
+one of a static file of the same server, so that the ratio says what the page adds. --browser goes
+through the same pages in Chromium, too, and reads the bytes of its processes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -79,7 +81,7 @@ class Server:
                 break
         parts = urlsplit(address)
         self.connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=600)
-        self.cookie = ""
+        self.address, self.cookie = address, ""
         try:
             _, headers, _ = self.get(f"/?{parts.query}")
             self.cookie = headers["set-cookie"].split(";")[0]
@@ -115,7 +117,56 @@ class Server:
             self.process.stdout.close()
 
 
-def run(config: Config, out: Path) -> dict[str, Any]:
+def begun_bytes(without: int) -> int:
+    """Of all processes that this one began, and those began, but for ``without``: the sum of what
+    each has of its own."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(status.parent.name)] = int(fields[1])
+    mine, total = {os.getpid()}, 0
+    while more := {p for p, parent in parents.items() if parent in mine} - mine - {without}:
+        mine |= more
+    for process in mine - {os.getpid()}:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(1024 * int(x.split()[1]) for x in lines if x.startswith("Private_"))
+    return total
+
+
+def browsed(server: Server, config: Config, browser: str) -> dict[str, Any]:
+    """Chromium's bytes after the first page, and after it has gone through all of them by the
+    link that people click, each until its last picture is there."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = opened.new_page()
+        session = page.context.new_cdp_session(page)
+        page.goto(server.address)
+        each, blank = [], 0
+        ready = "[...document.images].every((i) => i.complete && i.naturalWidth > 0)"
+        for number in range(config.pages):
+            page.evaluate("document.querySelectorAll('img').forEach((i) => i.loading = 'eager')")
+            while not page.evaluate(ready):  # wait_for_function is not let by the page's own policy
+                page.wait_for_timeout(20)
+            blank += page.locator(".gallery img").count() == 0
+            session.send("HeapProfiler.collectGarbage")  # what is alive, not what is not yet swept
+            heap = session.send("Runtime.getHeapUsage")["usedSize"]
+            each.append({"processes": begun_bytes(server.process.pid), "heap": int(heap)})
+            if number + 1 < config.pages:
+                page.locator("a[rel=next]").click()
+        opened.close()
+    return {"pages": config.pages, "blank": blank, "first": each[0], "middle": each[len(each) // 2],
+            "last": each[-1], "largest": max(x["processes"] for x in each)}  # fmt: skip
+
+
+def run(config: Config, out: Path, browser: str | None = None) -> dict[str, Any]:
     """Measure, and write the record."""
     with TemporaryDirectory() as place:
         folder = Path(place) / "store"
@@ -144,6 +195,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 "after": server.memory("VmRSS"),
                 "peak": server.memory("VmHWM"),
             }
+            if browser is not None:
+                found["browser"] = browsed(server, config, browser)
         finally:
             server.close()
     for name, value in found.items():
@@ -162,8 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--items", type=int, default=Config.items)
+    parser.add_argument("--browser", help="Chromium's executable; needs the extra test-ui")
     given = parser.parse_args(argv)
-    run(Config(items=given.items), given.out)
+    given.out.mkdir(parents=True, exist_ok=True)
+    run(Config(items=given.items), given.out, given.browser)
     return 0
 
 

@@ -126,14 +126,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     DataParallel, what ``torch.compile`` returns and what Lightning's Fabric sets up, one in another
     or not. Accelerate prepares a model as one of these."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif _of_fabric(model) and isinstance(inner := getattr(model, "module", None), nn.Module):
-            model = inner
-        else:
+        wrapper = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        name = "module" if wrapper or _of_fabric(model) else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def _of_fabric(model: nn.Module) -> bool:

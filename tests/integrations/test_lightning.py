@@ -302,6 +302,7 @@ warnings.simplefilter("ignore")
 import torch
 sys.path[:0] = [{tests!r}, {source!r}]
 torch.set_num_threads(1)
+import conftest  # as pytest would
 from torch.utils.data import DistributedSampler
 from test_lightning import *
 module = Module(lr=0.5)

@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+if __name__ == "__main__":  # as a script, of several processes
+    import conftest  # noqa: F401  # as pytest would
+
 pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("accelerate", reason="needs the extra hf")
 peft = pytest.importorskip("peft", reason="needs the extra hf")
