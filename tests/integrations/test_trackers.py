@@ -17,8 +17,11 @@ RUN = ("--benchmark", "split-digits", "--prior", "kprior", "--memory", "8", "--e
 
 
 @pytest.mark.filterwarnings("ignore")  # of its database's packages among each other
-def test_mlflow_keeps_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
+def test_mlflow_keeps_a_run_and_goes_on_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # files go to mlruns/ of the folder where it is called
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     out = str(tmp_path / "x")
     args = ["run", *RUN, "--out", out, "--quiet", "--track", f"mlflow:{uri}"]
