@@ -23,7 +23,7 @@ from typing import Any
 from .commands.bench import bench
 from .commands.certificate import certificate
 from .commands.completion import completion
-from .commands.flags import parse
+from .commands.flags import parse, plain
 from .commands.memory import memory
 from .commands.plan import forecast
 from .commands.report import report
@@ -61,9 +61,9 @@ options:
   --version     show the version
 
 options of every command:
-  --quiet       show no progress: results and errors alone
+  --quiet       results and errors alone, no progress and no remarks
   --json        print one JSON object on standard output, and nothing else there
-  --no-color    plain text, as with NO_COLOR
+  --no-color    no escape codes, as with NO_COLOR
   --debug       show the whole traceback of an error
 
 files:
@@ -72,7 +72,7 @@ files:
 
 environment:
   LIFELONG_DATA     folder with the data sets, where --data is not given
-  NO_COLOR          any value: no colours
+  NO_COLOR          any value: no colours, nor other escape codes
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Prints errors as one line on standard error."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _plain("--no-color" in given):
+        with plain() if "--no-color" in given or os.environ.get("NO_COLOR") else nullcontext():
             code = _main([arg for arg in given if arg != "--no-color"])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -125,22 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE
     return code
-
-
-@contextmanager
-def _plain(wanted: bool) -> Iterator[None]:
-    """Without colours inside: rich and tyro ask the environment."""
-    before = os.environ.get("NO_COLOR")
-    if not wanted or before:
-        yield
-        return
-    os.environ["NO_COLOR"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["NO_COLOR"]
-        if before is not None:
-            os.environ["NO_COLOR"] = before
 
 
 _PIPE = 128 + 13  # as the shell tells of a program that SIGPIPE ended
@@ -192,7 +176,7 @@ def _main(args: list[str]) -> int:
         return _fail(prog + _which(), _one_line(error), 2 if isinstance(error, UsageError) else 1)
 
 
-_STILL = ("memory", "plan", "report", "ui", "certificate", "completion")  # they show no progress
+_STILL = ("plan", "report", "ui", "certificate", "completion")  # they show no progress
 
 
 def _fail(prog: str, message: str, code: int) -> int:
