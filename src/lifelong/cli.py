@@ -202,12 +202,13 @@ def _run(args: list[str]) -> int:
     if flags.output.resume is not None:
         return _resume(flags)
     if flags.output.config is not None:
-        from_file = flags_of(flags.output.config)
+        given, from_file = flags.output.track, flags_of(flags.output.config)
         try:
             flags = parse(RunFlags, "lifelong run", RUN, "", [*from_file, *args])
         except SystemExit:
             sys.stderr.write(f"lifelong run: the wrong setting is in {flags.output.config}\n")
             raise
+        flags = replace(flags, output=replace(flags.output, track=given or flags.output.track))
     data = flags.experiment.data or _data_from_environment()
     experiment = replace(flags.experiment, data=None if data is None else data.absolute())
     config = RunConfig(experiment, flags.training)
@@ -267,7 +268,7 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
         plan = runs.prepare(config)
         try:
             # What cannot be told is said before there is a run.
-            with _tracking(plan, folder, output.track if first else None) as told:
+            with _tracking(plan, folder, output if first else None) as told:
                 if new and first:
                     runs.create(plan, folder)
                 with run_progress(plan, quiet=output.quiet or not first) as shown:
@@ -290,13 +291,18 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
     return 0
 
 
-def _tracking(plan: Any, folder: Path, specs: Sequence[str] | None) -> Any:
+def _tracking(plan: Any, folder: Path, output: Output | None) -> Any:
     """A watch that tells trackers; None where there are none, as on ranks but the first."""
-    if specs is None or not (specs or (folder / "trackers.json").is_file()):
+    if output is None or not (output.track or (folder / "trackers.json").is_file()):
         return nullcontext()
     from .trackers import tracking
 
-    return tracking(plan, folder, specs)
+    said = sys.stderr
+
+    def problem(text: str) -> None:
+        said.write(f"lifelong run: {text}\n")
+
+    return tracking(plan, folder, output.track, problem, quiet=output.quiet)
 
 
 def _both(one: Any, other: Any) -> Any:
