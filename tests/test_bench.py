@@ -341,7 +341,7 @@ def test_without_a_name_it_lists_the_tables(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == ["table", "toy", "breaks"]
-    told = json.loads(command("--json")[1])
+    told = json.loads(command("--json")[1])["tables"]
     assert [t["table"] for t in told] == ["toy", "breaks"]
     assert told[1]["needs_data"]
     assert told[0]["methods"] == [m.name for m in TOY.methods]

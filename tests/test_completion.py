@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,6 +55,53 @@ def test_bash_offers_what_there_is(
     assert offered(text, "lifelong completion --h") == {"--help"}
 
 
+@pytest.mark.skipif(EXECUTABLE["bash"] is None, reason="there is no bash here")
+def test_the_tab_key_of_bash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As at a terminal: words are typed, then the key, and bash's line editor goes on with them."""
+    pty = pytest.importorskip("pty", reason="no terminals here")
+    (tmp_path / "script").write_text(script(capsys, "bash"))
+    ours, theirs = pty.openpty()
+    shell = subprocess.Popen(
+        [EXECUTABLE["bash"] or "bash", "--norc", "--noprofile", "-i"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "TERM": "dumb", "PS1": "> ", "INPUTRC": os.devnull},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = ""
+
+    def typed(text: str, until: str) -> None:
+        nonlocal seen
+        seen = ""
+        os.write(ours, text.encode())
+        while until not in seen:
+            assert select.select([ours], [], [], 20)[0], (text, seen)
+            seen += os.read(ours, 65536).decode()
+
+    try:
+        typed("source ./script; echo re''ady\n", "ready")
+        typed("lifelong ru\t--pri\tgradient\t", "lifelong run --prior gradient_reconstruction ")
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+
+
+@pytest.mark.skipif(EXECUTABLE["fish"] is None, reason="there is no fish here")
+def test_fish_offers_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(script(capsys, "fish"))
+    for line, expected in (
+        ("lifelong ru", {"run"}),
+        ("lifelong adapt re", {"remove", "relabel", "regularise"}),
+        ("lifelong run --prior gradient", {"gradient_reconstruction"}),
+    ):
+        asked = f"source script; complete -C '{line}'"
+        done = subprocess.run(
+            [EXECUTABLE["fish"] or "fish", "--no-config", "-c", asked],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert set(done.stdout.split()) == expected
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_read_theirs(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(capsys, shell)
@@ -97,8 +146,6 @@ def test_every_command_takes_what_every_command_takes(
 
 
 def test_plain_text_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     seen: list[str | None] = []
     monkeypatch.setattr(cli, "_main", lambda args: seen.append(os.environ.get("NO_COLOR")) or 0)
     monkeypatch.delenv("NO_COLOR", raising=False)

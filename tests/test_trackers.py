@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,7 @@ class Told:
         self.images: list[tuple[str, tuple[int, int], int]] = []
         self.matrices: list[tuple[str, Any, int]] = []
         self.files: list[str] = []
-        self.closed = 0
+        self.closed, self.complete = 0, None
         Told.made.append(self)
 
     @property
@@ -67,8 +68,9 @@ class Told:
         assert path.is_file()
         self.files.append(path.name)
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = True) -> None:
         self.closed += 1
+        self.complete = complete
 
 
 @pytest.fixture
@@ -104,11 +106,16 @@ def test_a_run_tells_all_that_its_folder_has(told: list[Told], tmp_path: Path) -
     assert one.images == []  # points in the plane are no pictures
 
 
+ROWS = (1, 2, 3, 3, 3)  # at most 24 images
+
+
 def test_pictures_of_the_memory(told: list[Told], tmp_path: Path) -> None:
     args = ["run", "--benchmark", "split-digits", "--prior", "kprior", "--memory", "8"]
     args += ["--epochs", "1", "--out", str(tmp_path / "x"), "--quiet", "--track", "told"]
     assert cli.main(args) == 0
-    assert told[0].images == [("seed_0/memory", (8 * 64, 3 * 64), 5)]
+    # After each task of one epoch: 8 images in a row for each.
+    expected = [("seed_0/memory", (8 * 64, rows * 64), t + 1) for t, rows in enumerate(ROWS)]
+    assert told[0].images == expected
 
 
 def test_a_resumed_run_goes_on_in_the_same_place(
@@ -136,17 +143,112 @@ def test_a_resumed_run_goes_on_in_the_same_place(
     assert [one.again for one in told[2:]] == [True, False]
 
 
+def test_an_interrupted_run_tells_all_again(
+    told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tasks before the interruption, too: matrix and steps are those of the whole run."""
+    folder = tmp_path / "x"
+    log = runs.log
+
+    def killed(place: Path, line: str) -> None:
+        log(place, line)
+        if "task 1," in line:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "log", killed)
+        assert cli.main(["run", *RUN, "--out", str(folder), "--quiet", "--track", "told"]) == 130
+    assert cli.main(["run", "--resume", str(folder), "--quiet"]) == 0
+    first, second = told
+    assert (first.complete, second.complete) == (False, True)
+    assert [len(rows) for _, rows, _ in second.matrices] == [2]
+    assert {step for _, _, step in second.numbers} == {3, 4}
+    assert ("seed_0/memory/examples", 16.0, 4) in second.numbers
+
+
+def test_no_more_of_it(told: list[Told], tmp_path: Path) -> None:
+    folder = str(tmp_path / "x")
+    assert cli.main(["run", *RUN, "--out", folder, "--quiet", "--track", "told"]) == 0
+    assert cli.main(["run", "--resume", folder, "--quiet", "--track", "none"]) == 0
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("fails", ["config", "scalars"])
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
-    told: list[Told], tmp_path: Path, fails: str
+    told: list[Told], tmp_path: Path, fails: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["run", *RUN, "--out", str(tmp_path / "x"), "--quiet"]
-    with pytest.warns(TrackerWarning, match=r"told:\w+ has failed and is left out.*no network"):
-        assert cli.main([*args, "--track", f"told:{fails}", "--track", "told"]) == 0
+    assert cli.main([*args, "--track", f"told:{fails}", "--track", "told"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lifelong run: the tracker told:{fails} has failed and is left out")
+    assert "no network" in line
     broken, whole = told
-    assert broken.closed == whole.closed == 1
+    assert (broken.closed, broken.complete) == (1, False)
+    assert (whole.closed, whole.complete) == (1, True)
     assert whole.files == ["report.html", "result.json", "config.json"]
     assert (tmp_path / "x" / "result.json").is_file()
+
+
+def test_a_tracker_that_hangs_holds_nothing_up(
+    told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Neither the training nor, for longer than PATIENCE, the end."""
+    forever = threading.Event()
+    monkeypatch.setattr(Told, "matrix", lambda *args: forever.wait())
+    monkeypatch.setattr(trackers, "PATIENCE", 0.05)
+    try:
+        args = ["run", *RUN, "--out", str(tmp_path / "x"), "--quiet", "--track", "told"]
+        assert cli.main(args) == 0
+        assert "the tracker told has not taken all within 0 s" in capsys.readouterr().err
+        assert (tmp_path / "x" / "result.json").is_file()
+        kinds = {"slow": lambda *args: forever.wait()}
+        monkeypatch.setattr(trackers, "KINDS", kinds)
+        with pytest.raises(UsageError, match="slow cannot be opened .no answer within"):
+            tracker("slow")
+    finally:
+        forever.set()
+
+
+def test_what_trackers_say_is_no_result(
+    told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Some print on standard output, as MLflow and trackio do."""
+    monkeypatch.setattr(Told, "config", lambda *args: print("hello"))  # noqa: T201
+    for quiet in ([], ["--quiet"]):
+        out = str(tmp_path / f"x{len(quiet)}")
+        assert cli.main(["run", *RUN, "--out", out, "--json", "--track", "told", *quiet]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)["prior"] == "kprior"
+        assert said.err == "" if quiet else "hello" in said.err
+
+
+def test_a_tracker_changes_no_number(told: list[Told], tmp_path: Path) -> None:
+    weights = []
+    for name, track in (("with", ["--track", "told"]), ("without", [])):
+        out = tmp_path / name
+        assert cli.main(["run", *RUN, "--out", str(out), "--quiet", *track]) == 0
+        state = lifelong.checkpoint.load(out / "seed-0" / "learner.safetensors", kind="learner")
+        weights.append(torch.cat([w.flatten() for w in state["model"].values()]))
+    assert torch.equal(*weights)
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    told: list[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trackers, "write_report", full)
+    monkeypatch.setattr(trackers, "sheet", full)
+    out = str(tmp_path / "x")
+    assert cli.main(["run", *RUN, "--out", out, "--quiet", "--track", "told"]) == 0
+    err = capsys.readouterr().err
+    assert "trackers are not told of the report" in err
+    assert "trackers are not told of what was learned" in err
+    assert told[0].files == ["result.json", "config.json"]
 
 
 def test_mistakes_are_told_before_there_is_a_run(
@@ -179,6 +281,9 @@ def test_a_file_of_flags_has_them_too(told: list[Told], tmp_path: Path) -> None:
     out = str(tmp_path / "x")
     assert cli.main(["run", "--config", str(config), "--out", out, "--quiet"]) == 0
     assert len(told) == 2
+    again = ["run", "--config", str(config), "--out", str(tmp_path / "y"), "--quiet"]
+    assert cli.main([*again, "--track", "told:c"]) == 0  # flags win over the file
+    assert len(told) == 3
 
 
 # ------------------------------------------------------------------------------- loops of one's own
@@ -285,22 +390,29 @@ def test_trackio_is_asked_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         def log(self, values: Any, step: int) -> None:
             said.append((step, values))
 
+        def log_artifact(self, path: str, **options: Any) -> None:
+            said.append((path, options))
+
+        def finish(self) -> None:
+            said.append("finished")
+
     fake = ModuleType("trackio")
     fake.init = lambda **options: said.append(options) or Run()  # type: ignore[attr-defined]
     fake.Image = lambda array: array.shape  # type: ignore[attr-defined]
-    fake.finish = lambda: said.append("finished")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "trackio", fake)
     one: Any = tracker("trackio:mine", name="x")
     one.config({"memory": 8})
     one.scalars({"loss": 1.0}, 2)
     one.image("memory", Image.new("RGB", (6, 4)), 2)
     one.matrix("matrix", [[1.0], [0.5, 0.25]], 2)
-    one.artefact(Path("none"))
+    one.artefact(Path("a/report.html"))
     one.close()
     assert one.run.config == {"memory": 8}
-    assert said[0] == {"project": "mine", "name": "x", "resume": "allow"}
+    assert said[0]["project"] == "mine"
+    assert said[0]["name"].startswith("x-")
+    assert ("a/report.html", {"name": "report", "type": "run"}) in said
     assert (2, {"memory": (4, 6, 3)}) in said
-    assert said[-2][1]["matrix/after_2_task_1"] == 0.5
+    assert said[-3][1]["matrix/after_2_task_1"] == 0.5
     assert said[-1] == "finished"
     again: Any = tracker("trackio", place=one.place)
-    assert (again.project, again.name) == ("mine", "x")
+    assert (again.project, again.name) == ("mine", one.name)

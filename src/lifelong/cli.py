@@ -23,7 +23,7 @@ from typing import Any
 from .commands.bench import bench
 from .commands.certificate import certificate
 from .commands.completion import completion
-from .commands.flags import parse
+from .commands.flags import parse, plain
 from .commands.memory import memory
 from .commands.plan import forecast
 from .commands.report import report
@@ -61,9 +61,9 @@ options:
   --version     show the version
 
 options of every command:
-  --quiet       show no progress: results and errors alone
+  --quiet       results and errors alone, no progress and no remarks
   --json        print one JSON object on standard output, and nothing else there
-  --no-color    plain text, as with NO_COLOR
+  --no-color    no escape codes, as with NO_COLOR
   --debug       show the whole traceback of an error
 
 files:
@@ -72,7 +72,7 @@ files:
 
 environment:
   LIFELONG_DATA     folder with the data sets, where --data is not given
-  NO_COLOR          any value: no colours
+  NO_COLOR          any value: no colours, nor other escape codes
 
 exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Prints errors as one line on standard error."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _plain("--no-color" in given):
+        with plain() if "--no-color" in given or os.environ.get("NO_COLOR") else nullcontext():
             code = _main([arg for arg in given if arg != "--no-color"])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -125,22 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE
     return code
-
-
-@contextmanager
-def _plain(wanted: bool) -> Iterator[None]:
-    """Without colours inside: rich and tyro ask the environment."""
-    before = os.environ.get("NO_COLOR")
-    if not wanted or before:
-        yield
-        return
-    os.environ["NO_COLOR"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["NO_COLOR"]
-        if before is not None:
-            os.environ["NO_COLOR"] = before
 
 
 _PIPE = 128 + 13  # as the shell tells of a program that SIGPIPE ended
@@ -192,7 +176,7 @@ def _main(args: list[str]) -> int:
         return _fail(prog + _which(), _one_line(error), 2 if isinstance(error, UsageError) else 1)
 
 
-_STILL = ("memory", "plan", "report", "ui", "certificate", "completion")  # they show no progress
+_STILL = ("plan", "report", "ui", "certificate", "completion")  # they show no progress
 
 
 def _fail(prog: str, message: str, code: int) -> int:
@@ -218,12 +202,13 @@ def _run(args: list[str]) -> int:
     if flags.output.resume is not None:
         return _resume(flags)
     if flags.output.config is not None:
-        from_file = flags_of(flags.output.config)
+        given, from_file = flags.output.track, flags_of(flags.output.config)
         try:
             flags = parse(RunFlags, "lifelong run", RUN, "", [*from_file, *args])
         except SystemExit:
             sys.stderr.write(f"lifelong run: the wrong setting is in {flags.output.config}\n")
             raise
+        flags = replace(flags, output=replace(flags.output, track=given or flags.output.track))
     data = flags.experiment.data or _data_from_environment()
     experiment = replace(flags.experiment, data=None if data is None else data.absolute())
     config = RunConfig(experiment, flags.training)
@@ -283,7 +268,7 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
         plan = runs.prepare(config)
         try:
             # What cannot be told is said before there is a run.
-            with _tracking(plan, folder, output.track if first else None) as told:
+            with _tracking(plan, folder, output if first else None) as told:
                 if new and first:
                     runs.create(plan, folder)
                 with run_progress(plan, quiet=output.quiet or not first) as shown:
@@ -306,13 +291,18 @@ def _go(config: RunConfig, folder: Path, output: Output, *, new: bool) -> int:
     return 0
 
 
-def _tracking(plan: Any, folder: Path, specs: Sequence[str] | None) -> Any:
+def _tracking(plan: Any, folder: Path, output: Output | None) -> Any:
     """A watch that tells trackers; None where there are none, as on ranks but the first."""
-    if specs is None or not (specs or (folder / "trackers.json").is_file()):
+    if output is None or not (output.track or (folder / "trackers.json").is_file()):
         return nullcontext()
     from .trackers import tracking
 
-    return tracking(plan, folder, specs)
+    said = sys.stderr
+
+    def problem(text: str) -> None:
+        said.write(f"lifelong run: {text}\n")
+
+    return tracking(plan, folder, output.track, problem, quiet=output.quiet)
 
 
 def _both(one: Any, other: Any) -> Any:

@@ -231,7 +231,7 @@ class Output:
         UseAppendAction[tuple[str, ...]], arg(metavar="KIND[:WHERE]"), _default("none")
     ] = ()
     """Also tell tensorboard[:DIR], mlflow[:URI], wandb[:PROJECT] or trackio[:PROJECT]; say it \
-again for the next one."""
+again for the next one; none: with --resume, no longer those that the run has."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
     quiet: bool = False

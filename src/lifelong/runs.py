@@ -79,12 +79,14 @@ class SeedResult:
 class Event:
     """What a run has just done: an epoch, or with ``accuracies`` a whole task.
 
-    accuracies: on each task so far, fractions. loss: nats per example over the epoch.
+    accuracies: on each task so far, fractions. learner: of a task's event, to be read, not changed.
+    loss: nats per example over the epoch.
     """
 
     seed: int
     progress: Progress
     accuracies: tuple[float, ...] | None = None
+    learner: Learner | None = field(default=None, repr=False, compare=False)
 
 
 Watch = Callable[[Event], None]
@@ -470,7 +472,7 @@ def learn_stream(
             mean = sum(row) / len(row)
             log(log_folder, f"seed {seed}: task {index + 1}, accuracy so far {mean:.4f}")
         if watch is not None and last:
-            watch(Event(seed, last[0], row))
+            watch(Event(seed, last[0], row, learner))
 
     matrix = learner.run(stream, folder=folder, on_epoch=on_epoch, on_task=on_task)
     memory = learner.prior.memory

@@ -100,7 +100,7 @@ def bench(args: list[str]) -> int:
         if given:
             raise UsageError(f"which table? --{given[0]} is of one; lifelong bench lists them")
         if flags.json:
-            sys.stdout.write(json.dumps([_told(t) for t in tables().values()]) + "\n")
+            sys.stdout.write(json.dumps({"tables": [_told(t) for t in tables().values()]}) + "\n")
         else:
             list_tables(tables())
         return 0

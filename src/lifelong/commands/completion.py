@@ -172,8 +172,14 @@ def bash(found: Mapping[str, tuple[Flag, ...]]) -> str:
 
 
 def zsh(found: Mapping[str, tuple[Flag, ...]]) -> str:
-    """Bash's function, which zsh runs."""
-    return "#compdef lifelong\nautoload -U +X bashcompinit && bashcompinit\n" + bash(found)
+    """Bash's function, which zsh runs.
+
+    In a folder of functions zsh takes the file for the body of one, and calls that at the first
+    Tab: it makes the real one, and must then call it, or that Tab would do nothing.
+    """
+    start = "#compdef lifelong\nautoload -U +X bashcompinit && bashcompinit\n"
+    first = '[ "$funcstack[1]" != _lifelong ] || _bash_complete -o filenames -F _lifelong\n'
+    return start + bash(found) + first
 
 
 def fish(found: Mapping[str, tuple[Flag, ...]]) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +70,8 @@ class Output:
 
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    quiet: bool = False
+    """Leave out what is said about the results; forget still asks, where --yes is missing."""
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -234,8 +238,10 @@ def memory(args: list[str]) -> int:
     prog = f"lifelong memory {name}"
     flags = parse(command.flags, prog, command.about, examples, rest)
     flags.check()
+    asks = isinstance(flags, Forget) and not flags.yes
     try:
-        return command.work(flags)
+        with redirect_stderr(StringIO()) if flags.quiet and not asks else nullcontext():
+            return command.work(flags)  # results go to standard output, remarks to the other
     except (ValueError, OSError) as error:
         said = str(error)
         for call, command_ in _SAYS.items():
