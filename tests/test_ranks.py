@@ -298,8 +298,87 @@ def wrapped(rank: int, folder: Path) -> Any:
     return grads, prior(moved(ddp)).detach(), prior.state_dict()
 
 
+def nll(ddp: nn.Module, data: Examples) -> Tensor:
+    return nn.functional.cross_entropy(ddp(data.inputs), data.labels)
+
+
+def one_backward(ddp: Any, data: Examples, past: Any) -> None:
+    (nll(ddp, data) + past()).backward()
+
+
+def prior_before_forward(ddp: Any, data: Examples, past: Any) -> None:
+    value = past()
+    (nll(ddp, data) + value).backward()
+
+
+def prior_first(ddp: Any, data: Examples, past: Any) -> None:
+    past().backward()  # which the backward of the data averages too
+    nll(ddp, data).backward()
+
+
+def parts_of_a_batch(ddp: Any, data: Examples, past: Any) -> None:
+    with ddp.no_sync():
+        (nll(ddp, data[:5]) / 2).backward()
+        (past() / 2).backward()
+    (nll(ddp, data[5:10]) / 2 + past() / 2).backward()
+
+
+def two_priors(ddp: Any, data: Examples, past: Any) -> None:
+    (past() + nll(ddp, data) + past()).backward()
+
+
+def prior_after(ddp: Any, data: Examples, past: Any) -> None:
+    nll(ddp, data).backward()
+    past().backward()
+
+
+def data_after(ddp: Any, data: Examples, past: Any) -> None:
+    loss, value = nll(ddp, data), past()
+    value.backward()
+    loss.backward()
+
+
+def inner_module(ddp: Any, data: Examples, past: Any) -> None:
+    (nll(ddp.module, data) + past()).backward()
+
+
+RIGHT = (one_backward, prior_before_forward, prior_first, parts_of_a_batch, two_priors)
+WRONG = (prior_after, data_after, inner_module)
+
+
+def averages(rank: int, folder: Path) -> Any:
+    """What each loop raises in three steps, and whether the ranks have one gradient then."""
+    ranks, found = Ranks(), {}
+    data = parts_of(task(3), rank, N // 2)
+    for name in AVERAGED:
+        prior = learned(AVERAGED[name]())[1]
+        for loop in (*RIGHT, *WRONG):
+            ddp = DistributedDataParallel(moved(network()))
+
+            def past(ddp: Any = ddp, prior: Prior = prior) -> Tensor:
+                return prior(ddp, batch_size=3, generator=seeded(rank)) / N
+
+            told = None
+            try:
+                for _ in range(3):
+                    ddp.zero_grad()
+                    loop(ddp, data, past)
+            except ValueError as error:
+                told = str(error)
+            grads = [None if p.grad is None else p.grad.tolist() for p in ddp.parameters()]
+            by_rank = ranks.objects(grads)
+            found[name, loop.__name__] = told, by_rank[0] == by_rank[1]
+    return found
+
+
+AVERAGED: dict[str, Any] = {
+    name: lambda name=name: preset(name) for name in ("kprior", "recommended", "experience_replay")
+}
+
+
 JOBS = {
-    job.__name__: job for job in (spread, learners, stopped, not_finite, forgetting, wrapped)
+    job.__name__: job
+    for job in (spread, learners, stopped, not_finite, forgetting, wrapped, averages)
 }  # each on both ranks, in one pair of processes
 
 
@@ -363,6 +442,24 @@ def test_examples_on_several_ranks_are_forgotten_on_all(found):
         close(left, expected)
         close(again, expected)
         assert told.startswith("groups are of one process's data")
+
+
+@pytest.mark.parametrize("loop", RIGHT)
+@pytest.mark.parametrize("name", AVERAGED)
+def test_nothing_is_said_of_a_loop_whose_gradients_are_averaged(name, loop, found):
+    for by_rank in found[0]:
+        assert by_rank["averages"][name, loop.__name__] == (None, True)
+
+
+@pytest.mark.parametrize("loop", WRONG)
+@pytest.mark.parametrize("name", AVERAGED)
+def test_gradients_that_would_stay_on_their_rank_are_told(name, loop, found):
+    through = loop is not inner_module
+    expected = "came in two" if through else "nothing went through"
+    for by_rank in found[0]:
+        told, _ = by_rank["averages"][name, loop.__name__]
+        assert told is not None
+        assert expected in told
 
 
 def test_a_prior_may_be_given_the_wrapped_model(found):

@@ -125,12 +125,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module whose parameters have the user's names: inside of DistributedDataParallel,
     DataParallel, what ``torch.compile`` returns and what Lightning's Fabric sets up, one in another
     or not. Accelerate prepares a model as one of these."""
+    *_, inner = _from_outside(model)
+    return inner
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """What ``unwrapped`` takes off, the outermost first."""
+    *found, _ = _from_outside(model)
+    return found
+
+
+def _from_outside(model: nn.Module) -> Iterator[nn.Module]:
     while True:
+        yield model
         wrapper = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
         name = "module" if wrapper or _of_fabric(model) else "_orig_mod"
         inner = getattr(model, name, None)
         if not isinstance(inner, nn.Module):
-            return model
+            return
         model = inner
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, likelihoods, recall, removal, select
+from .averaging import averaged
 from .budget import Fidelity
 from .curvature import Curvature, Diagonal, diagonal_curvature
 from .curvature import from_state_dict as curvature_from_state_dict
@@ -166,15 +167,17 @@ class Prior:
         ranks: each reads its part of what is drawn, with generators in one state, and the mean of
         their values and gradients, as DistributedDataParallel takes it, is that of one process.
         Raises StaleAnchorError where the model is no longer the one that the prior knows,
-        ValueError for a memory that is spread over another number of ranks.
+        ValueError for a memory that is spread over another number of ranks. Given
+        DistributedDataParallel, its backward raises ValueError where that would leave gradients
+        on this rank (``averaging``).
         """
-        model = unwrapped(model)
+        wrapper, model = model, unwrapped(model)
         value, drawn = self.weight_space(model), self._draw(batch_size, generator, ranks)
         if drawn:
             with evaluating(model):
                 f = forward(model, concat([sample.inputs for _, sample in drawn]))
             value = value + self._function_space(f, drawn)
-        return value
+        return averaged(value, wrapper)
 
     def loss(
         self,
