@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_world_size
 from torch.nn.parallel import DistributedDataParallel
 
 from .models import wrappers
@@ -44,7 +45,10 @@ def averaged(value: Tensor, model: nn.Module) -> Tensor:
     if not value.requires_grad or torch.compiler.is_compiling():
         return value
     for wrapper in wrappers(model):
-        if isinstance(wrapper, DistributedDataParallel) and wrapper.process_group.size() > 1:
+        if (
+            isinstance(wrapper, DistributedDataParallel)
+            and get_world_size(wrapper.process_group) > 1
+        ):
             watch = _WATCHES.get(wrapper)
             if watch is None:
                 watch = _WATCHES[wrapper] = _Watch()
