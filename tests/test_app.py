@@ -327,10 +327,14 @@ def test_forgetting_says_so_first_and_is_final(page: Client, run: Path) -> None:
     assert page.get("/items/3").status == 404
     shown = page.get("/jobs/1")
     assert shown.words.count("Accuracy on the tests") == 2  # of two tasks
+    assert "no sign that it remembers it" in shown.words
     for part in (0, 1):
         content = page.get(f"/jobs/1/certificate/{part}?as_json=true").json
         assert "the patient asked" in json.dumps(content)
-        assert page.get(f"/jobs/1/certificate/{part}").status == 200
+        sheet = page.get(f"/jobs/1/certificate/{part}")
+        assert sheet.status == 200
+        assert "from memory 1 example given again" in " ".join(sheet.words.split())
+        assert "AUC is the chance" not in sheet.words  # nothing was attacked
     assert page.get("/jobs/1/certificate/2").status == 404
     memory = prior_in(learner_file(run)).memory
     assert memory is not None

@@ -199,6 +199,10 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
 
 
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} points"
+
+
 def _label(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_label(v) for v in value[:4]) + (", …" if len(value) > 4 else "")
@@ -207,6 +211,7 @@ def _label(value: Any) -> str:
 
 _ENVIRONMENT.filters |= {
     "percent": _percent,
+    "points": _points,
     "label": _label,
     "bytes": lambda n: "" if n is None else bytes_text(n),
     "seconds": lambda s: "" if s is None else seconds_text(s),
@@ -464,7 +469,9 @@ def _card(
         "item": item,
         "picture": shown,
         "words": text,
-        "score": None if value is None or value != value else f"{value:.3g}",
+        "score": None
+        if value is None or value != value
+        else f"{value:{'.3g' if abs(value) >= 0.001 else '.2g'}}",
     }
 
 
