@@ -465,7 +465,7 @@ def _require_enough(size: int, available: int | None) -> None:
         )
 
 
-_GROUP = 16 * 2**20  # bytes of inputs that are held until one selection is made among them
+_GROUP = 8 * 2**20  # bytes of inputs that are held until one selection is made among them
 
 
 class _Pool(NamedTuple):

@@ -270,7 +270,9 @@ def curvature(
     if evicted is not None and leaves_out:
         moved = evicted_curvature(evicted, recipe, over, beliefs, strengths)
         new = new if moved is None else new + moved
+        del moved
     total = new if old is None else old + new
+    del new, old  # sums of Kronecker products hold copies of both
     if recipe.merge and isinstance(total, BlockDiagonal):
         total = total.merge()
     return Weighed(total, number(recipe.strength))

@@ -19,7 +19,7 @@ that grows with the square of the number of data sets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +47,7 @@ from .dense import Dense
 
 _KRONECKER = "kronecker."
 _EIGEN = "eigen_kronecker."
+_STRETCH = 2**16  # columns of all factors that are in double precision at once
 _ROUNDING = 8  # relative errors of eps at which two factors are thought to be multiples
 
 
@@ -519,12 +520,25 @@ def _collect(products: list[tuple[Tensor, Tensor]], new: tuple[Tensor, Tensor]) 
 
 def _ratio(x: Tensor, base: Tensor) -> Tensor | None:
     """c (N,) with x = c base to rounding, for x and base (N, ...); None where there is none."""
-    a, b = base.flatten(1).double(), x.flatten(1).double()
-    size = a.square().sum(1)
-    c = (a * b).sum(1) / torch.where(size > 0, size, torch.ones_like(size))
-    apart = torch.linalg.vector_norm(b - c.unsqueeze(1) * a, dim=1)
-    limit = _ROUNDING * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(b, dim=1)
-    return None if bool((apart > limit).any()) else c.to(x.dtype)
+    size = _dots(base, base)
+    c = _dots(base, x) / torch.where(size > 0, size, torch.ones_like(size))
+    apart = torch.zeros_like(c)
+    for a, b in _stretches(base, x):
+        apart += (b - c.unsqueeze(1) * a).square().sum(1)
+    limit = _ROUNDING * torch.finfo(x.dtype).eps * _dots(x, x).sqrt()
+    return None if bool((apart.sqrt() > limit).any()) else c.to(x.dtype)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """(N,) <x_n, y_n> of x and y (N, ...)."""
+    return torch.stack([(a * b).sum(1) for a, b in _stretches(x, y)]).sum(0)
+
+
+def _stretches(*factors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Factors (T, ...) as rows, a stretch of columns at a time, in double precision: copies of
+    whole factors would be the largest tensors of an update."""
+    for parts in zip(*(x.flatten(1).split(_STRETCH, dim=1) for x in factors), strict=True):
+        yield tuple(part.double() for part in parts)
 
 
 def _each(c: Tensor, x: Tensor) -> Tensor:
@@ -534,16 +548,34 @@ def _each(c: Tensor, x: Tensor) -> Tensor:
 
 def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """(T, ...), (T, ...) to the pair a, b that minimises |sum_t left_t ⊗ right_t - a ⊗ b|."""
-    (q, r), (p, s) = (torch.linalg.qr(x.flatten(1).T.double()) for x in (left, right))
-    u, sigma, v = torch.linalg.svd(r @ s.T)
-    a = (sigma[0].sqrt() * (q @ u[:, 0])).reshape(left.shape[1:]).to(left.dtype)
-    b = (sigma[0].sqrt() * (p @ v[0])).reshape(right.shape[1:]).to(right.dtype)
+    # a = sum_t w_t left_t and b = sum_t q_t right_t. With the Gram matrices L of the left factors
+    # and R = C Cᵀ of the right ones, as rows: w = C z and q = L w / s, for the leading eigenpair
+    # s², z of Cᵀ L C. Nothing of the size of a factor is held but the sums.
+    of_left, of_right = (_gram(factor) for factor in (left, right))
+    values, vectors = torch.linalg.eigh(of_right)
+    root = vectors * values.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(root.T @ of_left @ root)
+    sigma = values[-1].clamp(min=0).sqrt()
+    w = root @ vectors[:, -1]
+    scale = torch.where(sigma > 0, sigma, 1.0).rsqrt()
+    a = _combined(scale * w, left)
+    b = _combined(scale * (of_left @ w) / torch.where(sigma > 0, sigma, 1.0), right)
     trace = b.diagonal().sum() if b.ndim == 2 else b.sum()
     sign = -1.0 if float(trace) < 0 else 1.0
     whole = (_trace(left, left.ndim - 1) * _trace(right, right.ndim - 1)).sum()
     part = _trace(a, a.ndim) * _trace(b, b.ndim)
-    scale = float(whole / part) if float(whole) > 0 and float(part) > 0 else 1.0
-    return sign * scale * a, sign * b
+    share = float(whole / part) if float(whole) > 0 and float(part) > 0 else 1.0
+    return sign * share * a, sign * b
+
+
+def _gram(factors: Tensor) -> Tensor:
+    """(T, T) inner products of factors (T, ...)."""
+    return torch.stack([x @ x.T for (x,) in _stretches(factors)]).sum(0)
+
+
+def _combined(weights: Tensor, factors: Tensor) -> Tensor:
+    """sum_t weights_t factors_t of factors (T, ...)."""
+    return torch.tensordot(weights.to(factors.dtype), factors, dims=1)
 
 
 def _clamped(factor: Tensor) -> Tensor:
