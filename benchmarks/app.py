@@ -47,12 +47,14 @@ STATIC = "/static/app.css"
 @dataclass(frozen=True)
 class Config:
     """All settings; the smoke setting of a test is another one of these. pages: of the gallery that
-    are scrolled through, with their pictures."""
+    are scrolled through, with their pictures; browsed: in the browser, until its caches are full.
+    """
 
     items: int = 100_000
     side: int = 8
     rounds: int = 11
     pages: int = 40
+    browsed: int = 200
 
 
 def fill(folder: Path, config: Config) -> None:
@@ -140,8 +142,8 @@ def begun_bytes(without: int) -> int:
 
 
 def browsed(server: Server, config: Config, browser: str) -> dict[str, Any]:
-    """Chromium's bytes after the first page, and after it has gone through all of them by the
-    link that people click, each until its last picture is there."""
+    """Chromium's bytes on the way through the pages by the link that people click, each until its
+    last picture is there."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -151,7 +153,7 @@ def browsed(server: Server, config: Config, browser: str) -> dict[str, Any]:
         page.goto(server.address)
         each, blank = [], 0
         ready = "[...document.images].every((i) => i.complete && i.naturalWidth > 0)"
-        for number in range(config.pages):
+        for number in range(config.browsed):
             page.evaluate("document.querySelectorAll('img').forEach((i) => i.loading = 'eager')")
             while not page.evaluate(ready):  # wait_for_function is not let by the page's own policy
                 page.wait_for_timeout(20)
@@ -159,11 +161,12 @@ def browsed(server: Server, config: Config, browser: str) -> dict[str, Any]:
             session.send("HeapProfiler.collectGarbage")  # what is alive, not what is not yet swept
             heap = session.send("Runtime.getHeapUsage")["usedSize"]
             each.append({"processes": begun_bytes(server.process.pid), "heap": int(heap)})
-            if number + 1 < config.pages:
+            if number + 1 < config.browsed:
                 page.locator("a[rel=next]").click()
         opened.close()
-    return {"pages": config.pages, "blank": blank, "first": each[0], "middle": each[len(each) // 2],
-            "last": each[-1], "largest": max(x["processes"] for x in each)}  # fmt: skip
+    at = sorted({round(i * (len(each) - 1) / 8) for i in range(9)})
+    return {"pages": config.browsed, "blank": blank, "after": {str(i + 1): each[i] for i in at},
+            "largest": max(x["processes"] for x in each)}  # fmt: skip
 
 
 def run(config: Config, out: Path, browser: str | None = None) -> dict[str, Any]:
