@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 import lifelong
 from lifelong import Categorical, Examples, Stream
@@ -213,6 +213,49 @@ def test_workers_share_a_stream() -> None:
     assert torch.equal(read.sort(0).values, X.sort(0).values)
     again = torch.cat([b.inputs for b in batches(loader)])  # type: ignore[misc]
     assert torch.equal(read, again)
+
+
+class Split(Plain):
+    """As WebDataset and Hugging Face: each worker gets a part from the source itself."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = get_worker_info()
+        mine = slice(None) if worker is None else slice(worker.id, None, worker.num_workers)
+        return iter(list(super().__iter__())[mine])
+
+
+class OneShard(Plain):
+    """As they do with fewer shards than workers: the first one gets all."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        worker = get_worker_info()
+        return super().__iter__() if worker is None or worker.id == 0 else iter(())
+
+
+def read(data: Stream, workers: int) -> Tensor:
+    """All inputs that a loader gives, in one order."""
+    loader = DataLoader(data, batch_size=5, num_workers=workers)
+    return torch.cat([x for x, _ in loader]).sort(0).values
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("length", [N, None])
+def test_every_example_is_read_once_whoever_splits_them(workers: int, length: int | None) -> None:
+    for data in (
+        Stream(Split(), length=length),
+        Stream(OneShard(), length=length),
+        Stream(lambda: iter(Split()), length=length, splits=True),
+        Stream(Plain(), length=length, splits=False),
+        Stream(pairs, length=length),
+    ):
+        assert torch.equal(read(data, workers), X.sort(0).values)
+
+
+def test_examples_that_would_be_lost_or_doubled_are_told() -> None:
+    with pytest.raises(ValueError, match="20 of 40 examples.*not split.*splits=True"):
+        read(Stream(lambda: iter(Split()), length=N), 2)
+    with pytest.raises(ValueError, match="40 of 40 examples.*to split.*splits=False"):
+        read(Stream(Plain(), length=N), 2)
 
 
 # Shards

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,13 @@ class Stream(IterableDataset):
     already; length: how many there are, where the source does not tell by ``len``: curvature,
     scores and a memory of a number of items need none, ``Prior.update`` does; head: the class set.
 
-    In a DataLoader of several workers each reads every n-th example: the order is another, and
-    always the same. Raises ValueError for a length below 1, TypeError for an iterator, which could
-    be read only once.
+    In a DataLoader of several workers each reads its part: the order is another, and always the
+    same. splits: whether the source gives each worker a part by itself, as PyTorch asks of an
+    IterableDataset and those of WebDataset and Hugging Face do; of others each worker takes every
+    n-th example. By default told by the source's type: say True for a function that opens a
+    WebDataset. Raises ValueError for a length below 1, and while reading for a worker that gets
+    all or only some examples where it should be otherwise, if the length is known; TypeError for
+    an iterator, which could be read only once.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Stream(IterableDataset):
         *,
         length: int | None = None,
         head: Head | None = None,
+        splits: bool | None = None,
     ) -> None:
         if isinstance(source, Iterator):
             raise TypeError(
@@ -48,6 +52,7 @@ class Stream(IterableDataset):
             raise ValueError(f"length must be the number of examples, got {length}")
         self.source, self.example, self.head = source, example, head
         self._length = length
+        self.splits = isinstance(source, IterableDataset) if splits is None else splits
 
     def __len__(self) -> int:
         """Raises TypeError where nobody said."""
@@ -58,8 +63,32 @@ class Stream(IterableDataset):
         items = iter(source) if hasattr(source, "__iter__") else source()
         worker = get_worker_info()
         if worker is not None:
-            items = islice(items, worker.id, None, worker.num_workers)
+            items = self._part(items, worker.id, worker.num_workers)
         return items if self.example is None else map(self.example, items)
+
+    def _part(self, items: Iterator[Any], worker: int, of: int) -> Iterator[Any]:
+        """This worker's; at the end it is known what the source gave."""
+        number = -1
+        for number, item in enumerate(items):
+            if self.splits or number % of == worker:
+                yield item
+        length, gave = _length(self), number + 1
+        if length is None or of == 1:
+            return
+        # A source of one shard splits into all of it for the first worker and nothing for others.
+        if gave < length if not self.splits else gave >= length and worker > 0:
+            raise ValueError(
+                f"the stream gave a worker {gave} of {length} examples, and was said to "
+                f"{'' if self.splits else 'not '}split them among {of} workers by itself; pass "
+                f"lifelong.Stream(..., splits={not self.splits}), or the right length"
+            )
+
+
+def _length(data: Stream) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 class Shards:
