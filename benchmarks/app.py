@@ -119,9 +119,9 @@ class Server:
             self.process.stdout.close()
 
 
-def begun_bytes(without: int) -> int:
-    """Of all processes that this one began, and those began, but for ``without``: the sum of what
-    each has of its own."""
+def browser_bytes(browser: str) -> int:
+    """Of the browser's processes among those that this one began, and those began: the sum of what
+    each has of its own. The driver is left out: it keeps a record of every request."""
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -130,10 +130,12 @@ def begun_bytes(without: int) -> int:
             continue
         parents[int(status.parent.name)] = int(fields[1])
     mine, total = {os.getpid()}, 0
-    while more := {p for p, parent in parents.items() if parent in mine} - mine - {without}:
+    while more := {p for p, parent in parents.items() if parent in mine} - mine:
         mine |= more
     for process in mine - {os.getpid()}:
         try:
+            if not Path(f"/proc/{process}/comm").read_text().startswith(Path(browser).name[:6]):
+                continue
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
@@ -160,7 +162,7 @@ def browsed(server: Server, config: Config, browser: str) -> dict[str, Any]:
             blank += page.locator(".gallery img").count() == 0
             session.send("HeapProfiler.collectGarbage")  # what is alive, not what is not yet swept
             heap = session.send("Runtime.getHeapUsage")["usedSize"]
-            each.append({"processes": begun_bytes(server.process.pid), "heap": int(heap)})
+            each.append({"processes": browser_bytes(browser), "heap": int(heap)})
             if number + 1 < config.browsed:
                 page.locator("a[rel=next]").click()
         opened.close()
