@@ -82,7 +82,7 @@ $(VENV)/.dev: $(PINS)
 
 $(VENV)/.integrations: $(VENV)/.dev
 	@echo "== installing the frameworks that are integrated, about 1 GB"
-	@$(PIP) --editable '.[dev,hf,avalanche,lightning,mlflow,wandb]' --constraint $(PINS)
+	@$(PIP) --editable '.[dev,hf,avalanche,lightning,mlflow,wandb,webdataset]' --constraint $(PINS)
 	@touch $@
 
 $(VENV)/.ui: $(VENV)/.dev
