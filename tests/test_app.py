@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import threading
 import time
@@ -23,6 +24,7 @@ from lifelong.adapted_runs import restored
 from lifelong.app import index, jobs, learning, measures, workspace
 from lifelong.app.jobs import Job, Jobs
 from lifelong.cli import main
+from lifelong.commands.ui import newest
 from lifelong.config import Experiment, Overrides, RunConfig, UsageError
 from lifelong.data import Batch
 from lifelong.memory import remember
@@ -96,6 +98,36 @@ def test_the_gallery_sorts_filters_and_pages(page: Client, run: Path) -> None:
     assert "page 1 of 1" in first.words
     assert "No item is like that" in page.get("/memory?text=zzz").words
     assert page.get("/memory?page=99&sort=newest").status == 200
+
+
+def test_the_gallery_shows_what_came_with_one_import(tmp_path: Path) -> None:
+    place = store_of(tmp_path / "store", message="imported from runs/a")
+    store_of(place, items_of(4), message="imported from <i>")
+    with served(workspace(place)) as page:
+        shown = page.get("/memory")
+        assert "imported from runs/a (1)" in shown.words
+        assert "<i>" not in shown.text
+        second = page.get("/memory?since=2")
+        assert second.text.count('name="items"') == 4
+        assert "4 fit the filter" in second.words
+        assert page.get("/api/memory?since=1").json["total"] == 6
+        assert page.get("/api/memory?since=3").json["total"] == 0
+        assert page.get("/memory?since=x").status == 422
+
+
+def test_without_a_place_the_newest_run_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["ui"]) == 2
+    assert "there is no run in runs/" in capsys.readouterr().err
+    for age, name in enumerate(("newest", "older", "no-run")):
+        folder = Path("runs", name)
+        folder.mkdir(parents=True)
+        if name != "no-run":
+            (folder / "config.json").write_text("{}")
+            os.utime(folder / "config.json", (10_000 - age, 10_000 - age))
+    assert newest() == Path("runs/newest")
 
 
 def test_scores_are_those_of_the_memory(run: Path) -> None:

@@ -28,12 +28,14 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """number, task: (N,) int64; label: (N,) float64, NaN for labels of several numbers; scores:
-    name -> (N,) float64, NaN where an item has none. version: of the store."""
+    """number, task, since: (N,) int64, since: the version that an item came with, which is one
+    run's or one file's; label: (N,) float64, NaN for labels of several numbers; scores: name ->
+    (N,) float64, NaN where an item has none. version: of the store."""
 
     version: int
     number: NDArray[np.int64]
     task: NDArray[np.int64]
+    since: NDArray[np.int64]
     label: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64]]
 
@@ -43,6 +45,10 @@ class Index:
     @property
     def tasks(self) -> list[int]:
         return np.unique(self.task).tolist()
+
+    @property
+    def arrivals(self) -> list[int]:
+        return np.unique(self.since).tolist()
 
     @property
     def labels(self) -> list[float]:
@@ -60,6 +66,7 @@ class Index:
         ascending: bool = False,
         task: int | None = None,
         label: float | None = None,
+        since: int | None = None,
         among: Sequence[int] | None = None,
     ) -> NDArray[np.int64]:
         """Places of the items that are wanted, in the order: largest first unless ``ascending``;
@@ -74,6 +81,8 @@ class Index:
             keep &= self.task == task
         if label is not None:
             keep &= self.label == label
+        if since is not None:
+            keep &= self.since == since
         if among is not None:
             keep &= np.isin(self.number, np.asarray(among, dtype=np.int64))
         places = np.flatnonzero(keep)
@@ -85,14 +94,15 @@ class Index:
 def build(store: MemoryStore, measured: Mapping[str, Mapping[str, float]] = EMPTY) -> Index:
     """Read all of today's items once, ``PAGE`` at a time. measured: "task/origin" -> scores."""
     likelihood = likelihood_of(store)
-    items: list[tuple[int, int, float, dict[str, float]]] = []
+    items: list[tuple[int, int, int, float, dict[str, float]]] = []
     after = 0
     while page := store.items(after=after, limit=PAGE):
         found = beliefs(store, page, likelihood)
         for item, of_item in zip(page, found, strict=True):
             label = float(item.label) if isinstance(item.label, int | float) else math.nan
             also = measured.get(key_of(item.task, item.origin), EMPTY)
-            items.append((item.item, item.task, label, {**of_item, **also, **item.scores}))
+            scores = {**of_item, **also, **item.scores}
+            items.append((item.item, item.task, item.since, label, scores))
         after = page[-1].item
         if len(page) < PAGE:
             break
@@ -101,8 +111,9 @@ def build(store: MemoryStore, measured: Mapping[str, Mapping[str, float]] = EMPT
         store.version,
         np.array([i[0] for i in items], dtype=np.int64),
         np.array([i[1] for i in items], dtype=np.int64),
-        np.array([i[2] for i in items], dtype=np.float64),
-        {n: np.array([i[3].get(n, math.nan) for i in items], dtype=np.float64) for n in names},
+        np.array([i[2] for i in items], dtype=np.int64),
+        np.array([i[3] for i in items], dtype=np.float64),
+        {n: np.array([i[4].get(n, math.nan) for i in items], dtype=np.float64) for n in names},
     )
 
 

@@ -271,12 +271,15 @@ def _arranged(
     ascending: bool,
     task: int | None,
     label: float | None,
+    since: int | None,
     text: str,
 ) -> tuple[index.Index, Any]:
     known = app.index(store)
     among = index.named(store, text) if text else None
     try:
-        places = known.arranged(sort, ascending=ascending, task=task, label=label, among=among)
+        places = known.arranged(
+            sort, ascending=ascending, task=task, label=label, since=since, among=among
+        )
     except ValueError as error:
         raise HTTPException(404, str(error)) from error
     return known, places
@@ -318,10 +321,11 @@ def _pages(api: FastAPI, app: App) -> None:
         ascending: bool = False,
         task: str = "",
         label: str = "",
+        since: str = "",
         text: Annotated[str, Query(max_length=200)] = "",
         page: Annotated[int, Query(ge=1, le=10**9)] = 1,
     ) -> Response:
-        wanted = _number(task, int), _number(label)
+        wanted = _number(task, int), _number(label), _number(since, int)
         with _opened(app) as store:
             known, places = _arranged(app, store, sort, ascending, *wanted, text)
             pages = max(1, -(-len(places) // PAGE_SIZE))
@@ -330,10 +334,11 @@ def _pages(api: FastAPI, app: App) -> None:
             items = [(_one(store, int(known.number[p])), p) for p in shown]
             cards = [_card(app, store, known, item, p, sort) for item, p in items]
             asked = {"sort": sort, "ascending": "true" if ascending else "", "task": task,
-                     "label": label, "text": text}  # fmt: skip
+                     "label": label, "since": since, "text": text}  # fmt: skip
+            arrivals = {v.number: v for v in store.history() if v.number in known.arrivals}
             return _page(
                 app, "memory.html", cards=cards, known=known, asked=asked, number=page,
-                pages=pages, total=len(places), version=store.version,
+                pages=pages, total=len(places), version=store.version, arrivals=arrivals,
             )  # fmt: skip
 
     @get("/items/{number}")
@@ -733,13 +738,14 @@ def _programs(api: FastAPI, app: App) -> None:
         ascending: bool = False,
         task: Annotated[int | None, Query(ge=-(2**53), le=2**53)] = None,
         label: Annotated[float | None, Query(ge=-(2**53), le=2**53)] = None,
+        since: Annotated[int | None, Query(ge=1, le=2**53)] = None,
         text: Annotated[str, Query(max_length=200)] = "",
         skip: Number = 0,
         limit: Annotated[int, Query(ge=1, le=1_000)] = PAGE_SIZE,
     ) -> PageOut:
         """Items of today's memory, sorted and filtered as in the gallery."""
         with _opened(app) as store:
-            known, places = _arranged(app, store, sort, ascending, task, label, text)
+            known, places = _arranged(app, store, sort, ascending, task, label, since, text)
             shown = places[skip : skip + limit]
             items = [told(_one(store, int(known.number[p])), known) for p in shown]
             return PageOut(version=store.version, total=len(places), items=items)

@@ -22,6 +22,7 @@ The address that is printed holds a token; whoever has it can change the memory.
 
 EXAMPLES = """
 examples:
+  lifelong ui
   lifelong ui runs/x
   lifelong ui memories/x --port 8700
   lifelong ui runs/x --browser
@@ -32,7 +33,9 @@ examples:
 class UiFlags:
     """All flags of ``lifelong ui``."""
 
-    place: Annotated[Positional[Path], arg(metavar="RUN|STORE")]
+    place: Annotated[
+        Positional[Path | None], arg(metavar="[RUN|STORE]"), _default("the newest run in runs/")
+    ] = None
     """A run's folder, made by lifelong run, or a store's, made by lifelong memory import."""
     seed: Annotated[_Int, _default("the only one")] = None
     """Of a run with several seeds: which one's memory."""
@@ -59,7 +62,7 @@ def ui(args: list[str]) -> int:
         raise ImportError(
             f"lifelong ui needs {error.name}: install it with pip install 'lifelong[ui]'"
         ) from error
-    found = app.workspace(flags.place, flags.seed)
+    found = app.workspace(newest() if flags.place is None else flags.place, flags.seed)
     listening = _socket(flags.port)
     port = listening.getsockname()[1]
     token = app.new_token()
@@ -79,6 +82,17 @@ def ui(args: list[str]) -> int:
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     return 0
+
+
+def newest(folder: Path = Path("runs")) -> Path:
+    """The run in ``folder`` that was begun last. Raises UsageError where there is none."""
+    begun = [file for file in folder.glob("*/config.json") if file.is_file()]
+    if not begun:
+        raise UsageError(
+            f"there is no run in {folder}/ here; say which one: lifelong ui RUN, or a store's "
+            "folder"
+        )
+    return max(begun, key=lambda file: file.stat().st_mtime).parent
 
 
 def _socket(port: int | None) -> socket.socket:
