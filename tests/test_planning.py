@@ -31,9 +31,11 @@ def small(sizes: tuple[int, ...]) -> nn.Module:
     return mlp(*sizes)
 
 
-def after(name: str, model: nn.Module, work: Work, inputs: int, outputs: int) -> Prior:
+def after(
+    name: str, model: nn.Module, work: Work, inputs: int, outputs: int, **wanted: Any
+) -> Prior:
     """The preset's prior once it has learned the work's tasks."""
-    prior = planning.preset(name, work)
+    prior = planning.preset(name, work, **wanted)
     g = torch.Generator().manual_seed(0)
     n = int(work.task_size)
     for task in range(work.tasks):
@@ -70,6 +72,21 @@ def test_the_bytes_are_those_of_the_prior(
     prior = after(name, model, work, inputs, outputs)
     fresh = planning.preset(name, work)
     assert planning.prior_bytes(fresh, network, work) == prior.num_bytes
+
+
+@pytest.mark.parametrize("name", ["kprior", "gradient_reconstruction", "recommended"])
+@pytest.mark.parametrize("top", [1, 3])
+def test_the_bytes_of_top_outputs_are_those_of_the_prior(name: str, top: int) -> None:
+    work = Work(tasks=2, examples=48, memory=8, head=4)
+    network = counted("small", lambda: small((5, 6, 8)), (5,), 20)
+    prior = after(name, small((5, 6, 8)), work, 5, 8, top_outputs=top)
+    fresh = planning.preset(name, work, top_outputs=top)
+    assert planning.prior_bytes(fresh, network, work) == prior.num_bytes
+    whole = planning.preset(name, work)
+    assert sum(planning.update_passes(fresh, network, work).values()) > sum(
+        planning.update_passes(whole, network, work).values()
+    )
+    assert planning.preset("ewc", work, top_outputs=top).recipe.top_outputs is None
 
 
 def prior_has_factors(prior: Prior) -> bool:

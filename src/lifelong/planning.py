@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .strength import STEPS as STEPS_OF_STRENGTH
 
 FLOAT = 4  # bytes of a weight, of a curvature's entry, of a logit
+PLACE = 4  # of the number of an output that is kept
 # A remembered item: label, task, origin, head as int64; soft and hard weight as float32.
 BOOKKEEPING = 4 * 8 + 2 * 4
 OPTIMIZERS: Mapping[str, int] = {"sgd": 1, "adam": 2}  # vectors of state: momentum; two moments
@@ -176,7 +177,8 @@ def vectors(prior: Prior) -> int:
 
     The anchor is there for everything that is expanded round it (and to be asked); G where there is
     a structure with one number for each weight; g where the recipe computes one that is not 0: of
-    the data ("stored", "carried"), minus the regulariser's, or minus that of replayed labels.
+    the data ("stored", "carried"), minus the regulariser's, minus that of replayed labels, or of
+    what soft labels leave out (``Recipe.top_outputs``).
     """
     recipe = _known(prior.recipe)
     has_curvature = recipe.structure is not None
@@ -186,13 +188,17 @@ def vectors(prior: Prior) -> int:
     precision = prior.regulariser is not None and prior.regulariser.precision > 0
     replays = recipe.keeps_memory and bool(recipe.hard or recipe.replay_fraction)
     own = precision or (recipe.gradient == "stationary" and replays)
+    own = own or recipe.top_outputs is not None
     g = recipe.gradient in ("stored", "carried") or (recipe.gradient != "none" and own)
     return int(anchor) + int(diagonal) + int(g)
 
 
-def item_bytes(network: Network) -> float:
-    """A remembered example: its input, C logits, label, weights and where it came from."""
-    return network.input_bytes + FLOAT * network.outputs + BOOKKEEPING
+def item_bytes(network: Network, recipe: Recipe) -> float:
+    """A remembered example: its input, C logits or k of them with their places and one number for
+    the others (``Recipe.top_outputs``), label, weights and where it came from."""
+    k = recipe.top_outputs
+    soft = FLOAT * network.outputs if k is None else (FLOAT + PLACE) * k + FLOAT
+    return network.input_bytes + soft + BOOKKEEPING
 
 
 def items(recipe: Recipe, work: Work) -> float:
@@ -225,7 +231,7 @@ def kernel_bytes(recipe: Recipe, work: Work) -> float:
 def prior_bytes(prior: Prior, network: Network, work: Work) -> float:
     """``Prior.num_bytes`` after the last task: 4 P for each vector, the items, the factors of G,
     the kernels."""
-    remembered = items(prior.recipe, work) * item_bytes(network)
+    remembered = items(prior.recipe, work) * item_bytes(network, prior.recipe)
     weights = FLOAT * network.parameters * vectors(prior)
     beside = factor_bytes(prior.recipe, network) + kernel_bytes(prior.recipe, work)
     return weights + remembered + beside
@@ -252,7 +258,7 @@ def ram_bytes(prior: Prior, network: Network, work: Work) -> dict[str, float]:
     """Beside each device: the memory's items, all of them or a D-th; of LwF the task's inputs."""
     held = items(prior.recipe, work) + (work.task_size if prior.recipe.distil else 0.0)
     share = work.devices if work.sharded else 1
-    return {"memory": held * item_bytes(network) / share}
+    return {"memory": held * item_bytes(network, prior.recipe) / share}
 
 
 def checkpoint_bytes(prior: Prior, network: Network, work: Work) -> float:
@@ -366,6 +372,7 @@ def update_passes(
     hard = recipe.replay_fraction or float(bool(recipe.hard))
     slopes = hard * held if recipe.gradient in ("stored", "carried", "stationary") else 0.0
     past = held if recipe.gradient in ("stored", "carried") else 0.0
+    past += held if recipe.top_outputs is not None else 0.0  # what the soft labels leave out
     refreshed = recipe.refresh and recipe.soft and recipe.keeps_memory
     passes = {
         "scoring": scored if recipe.keeps_memory else 0.0,
@@ -410,18 +417,18 @@ def task_traffic(prior: Prior, network: Network, work: Work) -> float:
     sent = all_reduce(size, work.devices)
     if recipe.keeps_memory and not work.sharded:
         chosen = work.task_size if recipe.memory is None else work.task_memory
-        sent += chosen * item_bytes(network) * (work.devices - 1) / work.devices
+        sent += chosen * item_bytes(network, recipe) * (work.devices - 1) / work.devices
     return sent
 
 
 # All together -------------------------------------------------------------------------------------
 
 
-def preset(name: str, work: Work, *, estimator: str | None = None) -> Prior:
+def preset(name: str, work: Work, **wanted: Any) -> Prior:
     """The preset with the work's memory: its share of each task, or all where it has one memory.
 
-    estimator: of the curvature, where the preset lets it be chosen. Raises ValueError with a
-    suggestion for a name that is none.
+    wanted: arguments for those presets that take them (estimator, top_outputs); None is the
+    preset's own choice. Raises ValueError with a suggestion for a name that is none.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; " + suggestion(name, PRESETS))
@@ -433,8 +440,7 @@ def preset(name: str, work: Work, *, estimator: str | None = None) -> Prior:
     if "memory" in offered:
         total = "total" in offered and bool(offered["total"].default)
         options["memory"] = max(1, round(work.memory if total else work.task_memory))
-    if estimator is not None and "estimator" in offered:
-        options["estimator"] = estimator
+    options |= {k: v for k, v in wanted.items() if v is not None and k in offered}
     return make(Categorical(), **options)
 
 
@@ -517,14 +523,14 @@ def growth(
     device: Device,
     *,
     factor: float = 10,
-    estimator: str | None = None,
+    **wanted: Any,
 ) -> list[Growth]:
-    """Each quantity of ``GROWN`` in turn, ``factor`` times as large."""
-    before = estimate(preset(name, work, estimator=estimator), network, work, device)
+    """Each quantity of ``GROWN`` in turn, ``factor`` times as large. wanted: as in ``preset``."""
+    before = estimate(preset(name, work, **wanted), network, work, device)
     found = []
     for quantity, grow in GROWN.items():
         larger, more = grow(network, work, factor)
-        after = estimate(preset(name, more, estimator=estimator), larger, more, device)
+        after = estimate(preset(name, more, **wanted), larger, more, device)
         worst = after.bottleneck
         found.append(
             Growth(

@@ -30,6 +30,11 @@ examples:
 """
 
 
+_COUNTS = (
+    "outputs", "tasks", "examples", "epochs", "batch_size", "devices", "head", "top_outputs",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PlanFlags:
     """All flags of ``lifelong plan``."""
@@ -73,6 +78,10 @@ class PlanFlags:
         arg(metavar="{exact,mc,empirical}", help_behavior_hint="(default: the preset's)"),
     ] = None
     """Of the curvature: exact costs as many backward passes as outputs compete, mc one."""
+    top_outputs: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: all)")] = (
+        None
+    )
+    """How many outputs of a soft label are kept, in presets that have soft labels."""
     devices: int = 1
     """How many work together."""
     device: str = "h100"
@@ -99,7 +108,7 @@ class PlanFlags:
     """Show the whole traceback of an error."""
 
     def __post_init__(self) -> None:
-        for name in ("outputs", "tasks", "examples", "epochs", "batch_size", "devices", "head"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and not 1 <= value < float("inf"):
                 raise UsageError(f"{name} must be at least 1, got {value:g}")
@@ -134,14 +143,12 @@ def forecast(args: list[str]) -> int:
             raise UsageError(f"there is no preset {name!r}; " + suggestion(name, PRESETS))
     if flags.measure or flags.throughput is not None:
         device = _timed(flags, network, device)
+    wanted = {"estimator": flags.estimator, "top_outputs": flags.top_outputs}
     estimates = []
     for name in names:
-        prior = planning.preset(name, work, estimator=flags.estimator)
+        prior = planning.preset(name, work, **wanted)
         estimates.append(planning.estimate(prior, network, work, device))
-    grown = {
-        name: planning.growth(name, network, work, device, estimator=flags.estimator)
-        for name in names
-    }
+    grown = {name: planning.growth(name, network, work, device, **wanted) for name in names}
     if flags.json:
         content = {
             "network": asdict(network),
