@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## learn five tasks of handwritten digits in a row; writes r
 	@$(BIN)/lifelong demo $(DEMO)
 
 # worksteal: a process that has finished its share takes over some of the other's.
-test: lint ## linters, type checker and all tests
+test: lint docs ## linters, type checker, the site and all tests
 	@echo "== tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal \
 		--ignore=tests/integrations --ignore=tests/app_browser $(PYTEST)
@@ -60,6 +60,7 @@ bench: $(VENV)/.dev ## speed, as ratios to plain PyTorch in the same run
 	@$(ONE_THREAD) $(BIN)/python -m pytest benchmarks --benchmark-enable $(PYTEST)
 
 docs: $(VENV)/.docs ## the documentation as a site, in build/site; links checked, built offline
+	@echo "== the site"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "build/site/index.html"
 
 tables: $(VENV)/.dev ## all tables at equal memory (hours, resumable); LIFELONG_DATA=DIR
