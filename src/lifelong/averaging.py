@@ -8,6 +8,7 @@ It averages in the first backward pass after a forward pass through it, and in n
 
 A prior that is given the wrapper watches one parameter that its value reaches: how often a gradient
 was added to it since the last forward pass. Costs a hook a step, and no communication.
+Source: PyTorch's notes on the design of DistributedDataParallel: forward prepares its reducer.
 """
 
 from __future__ import annotations

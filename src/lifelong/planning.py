@@ -186,11 +186,18 @@ def vectors(prior: Prior) -> int:
     anchored = recipe.gradient != "none" or (has_curvature and not recipe.kernel)
     anchor = anchored or bool(recipe.distil) or recipe.ask
     precision = prior.regulariser is not None and prior.regulariser.precision > 0
-    replays = recipe.keeps_memory and bool(recipe.hard or recipe.replay_fraction)
-    own = precision or (recipe.gradient == "stationary" and replays)
-    own = own or recipe.top_outputs is not None
+    says = recipe.keeps_memory and bool(_share_with_slope(recipe))
+    own = precision or (recipe.gradient == "stationary" and says)
     g = recipe.gradient in ("stored", "carried") or (recipe.gradient != "none" and own)
     return int(anchor) + int(diagonal) + int(g)
+
+
+def _share_with_slope(recipe: Recipe) -> float:
+    """The part of the memory whose own gradient at the anchor is not 0: what is replayed by its
+    labels, and all whose soft labels are cut short."""
+    if recipe.top_outputs is not None:
+        return 1.0
+    return recipe.replay_fraction or float(bool(recipe.hard))
 
 
 def item_bytes(network: Network, recipe: Recipe) -> float:
@@ -369,10 +376,12 @@ def update_passes(
     fitted = recipe.structure is not None and recipe.structure != "path"
     directions = work.head if recipe.estimator == "exact" else 1
     rehearsed = max(SMALLEST_REHEARSAL, n / STEPS_OF_STRENGTH)
-    hard = recipe.replay_fraction or float(bool(recipe.hard))
-    slopes = hard * held if recipe.gradient in ("stored", "carried", "stationary") else 0.0
+    slopes = (
+        _share_with_slope(recipe) * held
+        if recipe.gradient in ("stored", "carried", "stationary")
+        else 0.0
+    )
     past = held if recipe.gradient in ("stored", "carried") else 0.0
-    past += held if recipe.top_outputs is not None else 0.0  # what the soft labels leave out
     refreshed = recipe.refresh and recipe.soft and recipe.keeps_memory
     passes = {
         "scoring": scored if recipe.keeps_memory else 0.0,

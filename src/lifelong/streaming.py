@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import Head
+from .data import Head, num_known
 
 
 class Stream(IterableDataset):
@@ -72,7 +72,7 @@ class Stream(IterableDataset):
         for number, item in enumerate(items):
             if self.splits or number % of == worker:
                 yield item
-        length, gave = _length(self), number + 1
+        length, gave = num_known(self), number + 1
         if length is None or of == 1:
             return
         # A source of one shard splits into all of it for the first worker and nothing for others.
@@ -82,13 +82,6 @@ class Stream(IterableDataset):
                 f"{'' if self.splits else 'not '}split them among {of} workers by itself; pass "
                 f"lifelong.Stream(..., splits={not self.splits}), or the right length"
             )
-
-
-def _length(data: Stream) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 class Shards:

@@ -30,7 +30,8 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 class Index:
     """number, task, since: (N,) int64, since: the version that an item came with, which is one
     run's or one file's; label: (N,) float64, NaN for labels of several numbers; scores: name ->
-    (N,) float64, NaN where an item has none. version: of the store."""
+    (N,) float64, NaN where an item has none. version: of the store; arrivals: those of ``since``,
+    each in words."""
 
     version: int
     number: NDArray[np.int64]
@@ -38,6 +39,7 @@ class Index:
     since: NDArray[np.int64]
     label: NDArray[np.float64]
     scores: Mapping[str, NDArray[np.float64]]
+    arrivals: Mapping[int, str]
 
     def __len__(self) -> int:
         return len(self.number)
@@ -45,10 +47,6 @@ class Index:
     @property
     def tasks(self) -> list[int]:
         return np.unique(self.task).tolist()
-
-    @property
-    def arrivals(self) -> list[int]:
-        return np.unique(self.since).tolist()
 
     @property
     def labels(self) -> list[float]:
@@ -107,6 +105,7 @@ def build(store: MemoryStore, measured: Mapping[str, Mapping[str, float]] = EMPT
         if len(page) < PAGE:
             break
     names = dict.fromkeys(name for *_, scores in items for name in scores)
+    came = {i[2] for i in items}
     return Index(
         store.version,
         np.array([i[0] for i in items], dtype=np.int64),
@@ -114,6 +113,7 @@ def build(store: MemoryStore, measured: Mapping[str, Mapping[str, float]] = EMPT
         np.array([i[2] for i in items], dtype=np.int64),
         np.array([i[3] for i in items], dtype=np.float64),
         {n: np.array([i[4].get(n, math.nan) for i in items], dtype=np.float64) for n in names},
+        {v.number: v.message or v.kind for v in store.history() if v.number in came},
     )
 
 

@@ -335,10 +335,9 @@ def _pages(api: FastAPI, app: App) -> None:
             cards = [_card(app, store, known, item, p, sort) for item, p in items]
             asked = {"sort": sort, "ascending": "true" if ascending else "", "task": task,
                      "label": label, "since": since, "text": text}  # fmt: skip
-            arrivals = {v.number: v for v in store.history() if v.number in known.arrivals}
             return _page(
                 app, "memory.html", cards=cards, known=known, asked=asked, number=page,
-                pages=pages, total=len(places), version=store.version, arrivals=arrivals,
+                pages=pages, total=len(places), version=store.version,
             )  # fmt: skip
 
     @get("/items/{number}")

@@ -95,11 +95,11 @@ class _Lifelong(BaseEstimator):
     # ---------------------------------------------------------------- to be given by each
 
     def _likelihood(self) -> Likelihood:
-        raise NotImplementedError
+        raise NotImplementedError  # of classes or of numbers
 
     def _targets(self, y: Any) -> tuple[Any, Tensor]:
         """What is learned from y, and its labels; changes nothing."""
-        raise NotImplementedError
+        raise NotImplementedError  # the classifier's classes, or the regressor's numbers
 
     # ---------------------------------------------------------------- learning
 
