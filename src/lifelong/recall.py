@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import compact, select
 from .budget import Bytes
 from .curvature import BlockDiagonal, Curvature, estimate
+from .curvature.block_diagonal import merged
 from .data import BATCH_SIZE, Data, Head, Shard, every_id
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
@@ -267,15 +268,15 @@ def curvature(
         new, recipe = new * found, replace(recipe, strength=found)
     else:
         new = fit_curvature(recipe, over, weights=weights, exclude=excluded)
+    parts = [new] if old is None else [old, new]
+    del new, old  # merged() lets go what it has read
     if evicted is not None and leaves_out:
         moved = evicted_curvature(evicted, recipe, over, beliefs, strengths)
-        new = new if moved is None else new + moved
+        parts += [] if moved is None else [moved]
         del moved
-    total = new if old is None else old + new
-    del new, old  # sums of Kronecker products hold copies of both
-    if recipe.merge and isinstance(total, BlockDiagonal):
-        total = total.merge()
-    return Weighed(total, number(recipe.strength))
+    if recipe.merge and all(isinstance(g, BlockDiagonal) for g in parts):
+        return Weighed(merged(parts), number(recipe.strength))  # type: ignore[arg-type]
+    return Weighed(sum(parts[1:], start=parts[0]), number(recipe.strength))
 
 
 def _find_strength(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,10 +127,7 @@ class BlockDiagonal:
 
     def merge(self) -> BlockDiagonal:
         """Each block that is a sum of Kronecker products as one product of the same trace."""
-        mergeable = (Kronecker, EigenKronecker)
-        return BlockDiagonal(
-            tuple(b.merge() if isinstance(b, mergeable) else b for b in self.blocks)
-        )
+        return merged([self])
 
     def __add__(self, other: BlockDiagonal) -> BlockDiagonal:
         """Block by block; a diagonal of zeros (parameters that took no part) gives way to the
@@ -141,25 +138,7 @@ class BlockDiagonal:
         """
         if not isinstance(other, BlockDiagonal):
             return NotImplemented
-        require_shapes(self.shapes, other.shapes, "the curvature to add")
-        theirs = {frozenset(b.shapes): b for b in other.blocks if not _is_zero(b)}
-        sums: list[Curvature] = []
-        for block in self.blocks:
-            if not _is_zero(block):
-                partner = theirs.pop(frozenset(block.shapes), None)
-                sums.append(block if partner is None else block + partner)
-        sums.extend(theirs.values())
-        names = [name for block in sums for name in block.shapes]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"{twice[:5]} are in other blocks of the curvature to add; expected the same "
-                "blocks in both"
-            )
-        zeros = {n: v for b in self.blocks if _is_zero(b) for n, v in b.diagonal().items()}
-        sums.extend(Diagonal({n: v}) for n, v in zeros.items() if n not in names)
-        place = {name: i for i, name in enumerate(self.shapes)}
-        return BlockDiagonal(tuple(sorted(sums, key=lambda b: min(place[n] for n in b.shapes))))
+        return BlockDiagonal(tuple(map(_sum, _partners([self, other]))))
 
     def __mul__(self, factor: float) -> BlockDiagonal:
         return BlockDiagonal(tuple(block * factor for block in self.blocks))
@@ -178,6 +157,56 @@ class BlockDiagonal:
     def _parts(self, v: Mapping[str, Tensor]) -> list[tuple[Curvature, Params]]:
         require_same(self.shapes, v, "the vector")
         return [(block, {name: v[name] for name in block.shapes}) for block in self.blocks]
+
+
+def merged(sums: list[BlockDiagonal]) -> BlockDiagonal:
+    """``merge()`` of what they add up to, a block at a time.
+
+    Empties the list: a summand that nobody else holds is let go with its blocks, and neither their
+    sum nor its products are ever held. Raises as ``BlockDiagonal.__add__``.
+    """
+    groups = _partners(sums)[::-1]
+    sums.clear()
+    blocks = []
+    while groups:
+        blocks.append(_merged(groups.pop()))
+    return BlockDiagonal(tuple(blocks))
+
+
+def _merged(blocks: list[Curvature]) -> Curvature:
+    if all(isinstance(b, Kronecker) for b in blocks):
+        return Kronecker.merged(blocks)  # type: ignore[arg-type]
+    total = _sum(blocks)
+    return total.merge() if isinstance(total, Kronecker | EigenKronecker) else total
+
+
+def _sum(blocks: Sequence[Curvature]) -> Curvature:
+    return sum(blocks[1:], start=blocks[0])
+
+
+def _partners(sums: Sequence[BlockDiagonal]) -> list[list[Curvature]]:
+    """The blocks over the same parameters, in the order of parameters."""
+    for g in sums[1:]:
+        require_shapes(sums[0].shapes, g.shapes, "the curvature to add")
+    found: dict[frozenset[str], list[Curvature]] = {}
+    zeros: dict[str, Tensor] = {}
+    for block in (block for g in sums for block in g.blocks):
+        if _is_zero(block):
+            zeros.update(block.diagonal())
+        else:
+            found.setdefault(frozenset(block.shapes), []).append(block)
+    names = [name for group in found for name in group]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{twice[:5]} are in other blocks of the curvature to add; expected the same "
+            "blocks in both"
+        )
+    place = {name: i for i, name in enumerate(sums[0].shapes)}
+    left: list[list[Curvature]] = [[Diagonal({n: v})] for n, v in zeros.items() if n not in names]
+    return sorted(
+        [*found.values(), *left], key=lambda group: min(place[n] for n in group[0].shapes)
+    )
 
 
 def _is_zero(block: Curvature) -> bool:

@@ -19,7 +19,7 @@ that grows with the square of the number of data sets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -161,11 +161,29 @@ class Kronecker:
         answer: found from matrices of T x T, defined for singular factors as well, positive
         semi-definite for positive semi-definite products, and the same in any order of the sum.
         """
-        if self.num_products == 1:
-            return self
-        pairs = [_nearest(self.left[:, n], self.right[:, n]) for n in range(self.left.shape[1])]
+        return Kronecker.merged([self])
+
+    @staticmethod
+    def merged(sums: Sequence[Kronecker]) -> Kronecker:
+        """``merge()`` of what they add up to, of which nothing but the result is held.
+
+        StaleAnchorError where the parameters differ, ValueError where the groups do.
+        """
+        first = sums[0]
+        if len(sums) == 1 and first.num_products == 1:
+            return first
+        for g in sums[1:]:
+            _require_alike(first.shapes, g.shapes, first.left.shape[1], g.left.shape[1])
+        lefts, rights = (
+            [factor for one in _alike(*factors) for factor in one.unbind()]
+            for factors in ([g.left for g in sums], [g.right for g in sums])
+        )
+        pairs = [
+            _nearest([left[n] for left in lefts], [right[n] for right in rights])
+            for n in range(first.left.shape[1])
+        ]
         left, right = (torch.stack(parts).unsqueeze(0) for parts in zip(*pairs, strict=True))
-        return Kronecker(left, right, self.shapes)
+        return Kronecker(left, right, first.shapes)
 
     def positive_part(self) -> Kronecker:
         """One product of positive semi-definite factors: ``merge()`` with their negative
@@ -523,7 +541,7 @@ def _ratio(x: Tensor, base: Tensor) -> Tensor | None:
     size = _dots(base, base)
     c = _dots(base, x) / torch.where(size > 0, size, torch.ones_like(size))
     apart = torch.zeros_like(c)
-    for a, b in _stretches(base, x):
+    for a, b in _stretches(base.flatten(1), x.flatten(1)):
         apart += (b - c.unsqueeze(1) * a).square().sum(1)
     limit = _ROUNDING * torch.finfo(x.dtype).eps * _dots(x, x).sqrt()
     return None if bool((apart.sqrt() > limit).any()) else c.to(x.dtype)
@@ -531,13 +549,14 @@ def _ratio(x: Tensor, base: Tensor) -> Tensor | None:
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:
     """(N,) <x_n, y_n> of x and y (N, ...)."""
-    return torch.stack([(a * b).sum(1) for a, b in _stretches(x, y)]).sum(0)
+    parts = _stretches(x.flatten(1), y.flatten(1))
+    return torch.stack([(a * b).sum(1) for a, b in parts]).sum(0)
 
 
-def _stretches(*factors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Factors (T, ...) as rows, a stretch of columns at a time, in double precision: copies of
-    whole factors would be the largest tensors of an update."""
-    for parts in zip(*(x.flatten(1).split(_STRETCH, dim=1) for x in factors), strict=True):
+def _stretches(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows (..., K), a stretch of columns at a time, in double precision: copies of whole factors
+    would be the largest tensors of an update."""
+    for parts in zip(*(x.split(_STRETCH, dim=-1) for x in rows), strict=True):
         yield tuple(part.double() for part in parts)
 
 
@@ -546,8 +565,8 @@ def _each(c: Tensor, x: Tensor) -> Tensor:
     return c.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, ...), (T, ...) to the pair a, b that minimises |sum_t left_t ⊗ right_t - a ⊗ b|."""
+def _nearest(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The pair a, b that minimises |sum_t left_t ⊗ right_t - a ⊗ b|."""
     # a = sum_t w_t left_t and b = sum_t q_t right_t. With the Gram matrices L of the left factors
     # and R = C Cᵀ of the right ones, as rows: w = C z and q = L w / s, for the leading eigenpair
     # s², z of Cᵀ L C. Nothing of the size of a factor is held but the sums.
@@ -560,22 +579,25 @@ def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(sigma > 0, sigma, 1.0).rsqrt()
     a = _combined(scale * w, left)
     b = _combined(scale * (of_left @ w) / torch.where(sigma > 0, sigma, 1.0), right)
-    trace = b.diagonal().sum() if b.ndim == 2 else b.sum()
-    sign = -1.0 if float(trace) < 0 else 1.0
-    whole = (_trace(left, left.ndim - 1) * _trace(right, right.ndim - 1)).sum()
-    part = _trace(a, a.ndim) * _trace(b, b.ndim)
-    share = float(whole / part) if float(whole) > 0 and float(part) > 0 else 1.0
-    return sign * share * a, sign * b
+    sign = -1.0 if float(_trace(b)) < 0 else 1.0
+    whole = sum(float(_trace(x) * _trace(y)) for x, y in zip(left, right, strict=True))
+    part = float(_trace(a) * _trace(b))
+    share = whole / part if whole > 0 and part > 0 else 1.0
+    return a.mul_(sign * share), b.mul_(sign)
 
 
-def _gram(factors: Tensor) -> Tensor:
-    """(T, T) inner products of factors (T, ...)."""
-    return torch.stack([x @ x.T for (x,) in _stretches(factors)]).sum(0)
+def _gram(factors: Sequence[Tensor]) -> Tensor:
+    """(T, T) inner products."""
+    stretches = _stretches(*(x.flatten() for x in factors))
+    return torch.stack([x @ x.T for x in map(torch.stack, stretches)]).sum(0)
 
 
-def _combined(weights: Tensor, factors: Tensor) -> Tensor:
-    """sum_t weights_t factors_t of factors (T, ...)."""
-    return torch.tensordot(weights.to(factors.dtype), factors, dims=1)
+def _combined(weights: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """sum_t weights_t factors_t."""
+    total = torch.zeros_like(factors[0])
+    for weight, factor in zip(weights.tolist(), factors, strict=True):
+        total.add_(factor, alpha=weight)
+    return total
 
 
 def _clamped(factor: Tensor) -> Tensor:
@@ -586,9 +608,9 @@ def _clamped(factor: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
 
 
-def _trace(x: Tensor, ndim: int) -> Tensor:
-    """Of matrices, or of diagonals, in the last ``ndim`` dimensions."""
-    return (x.diagonal(dim1=-2, dim2=-1) if ndim == 2 else x).double().sum(-1)
+def _trace(x: Tensor) -> Tensor:
+    """Of a matrix, or of a diagonal."""
+    return (x.diagonal() if x.ndim == 2 else x).double().sum()
 
 
 def _marginal_basis(bases: Tensor | None, values: Tensor) -> Tensor | None:
@@ -609,11 +631,11 @@ def _joined(
     return torch.cat([eye.expand(*s.shape[:2], -1, -1) if b is None else b for b, s in bases])
 
 
-def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both diagonal, or both matrices."""
-    if x.ndim == y.ndim:
-        return x, y
-    return tuple(z if z.ndim == 4 else torch.diag_embed(z) for z in (x, y))  # type: ignore[return-value]
+def _alike(*factors: Tensor) -> tuple[Tensor, ...]:
+    """All diagonal, or all matrices."""
+    if len({x.ndim for x in factors}) == 1:
+        return factors
+    return tuple(x if x.ndim == 4 else torch.diag_embed(x) for x in factors)
 
 
 def _require_one(count: int) -> None:
