@@ -1,11 +1,14 @@
 """The peak of memory as a data set and the number of tasks grow: flat, where memory has a budget.
 
-    python -m benchmarks.flat_peak --out DIR [--only examples tasks]
+    python -m benchmarks.flat_peak --out DIR [--only examples tasks returned]
 
 examples   one task of 5,000 to 50,000 examples that are made a batch at a time, as a file or a
            stream would give them: steps of training, then the update of the recommended prior
            (scoring, choosing, curvature, strength)
 tasks      1 to 50 tasks of 1,000 examples, one memory of 500 examples for all of them
+returned   the same where the C library gives large freed blocks back to the system at once
+           (``MALLOC_MMAP_THRESHOLD_=131072``, glibc's own first value, which it otherwise raises as
+           it goes): what is alive, without what the library keeps for later
 
 Each point is a process of its own, whose peak (VmHWM) is read at its end, with the interpreter and
 torch in it. The bar: within 5 % of the smallest point.
@@ -15,9 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +33,8 @@ from lifelong.runs import log, versions
 from .cases import CASES, Lazy
 
 BAR = 0.05
+SERIES = ("examples", "tasks", "returned")
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 CASE = CASES["MLP 784-256-256-10"]
 
 
@@ -68,26 +74,33 @@ def peak() -> int:
     raise OSError("the system does not tell a process's peak of memory (VmHWM)")
 
 
-def in_a_process(tasks: int, size: int, config: Config) -> int:
-    """The peak of a process that learns so."""
+def in_a_process(
+    tasks: int, size: int, config: Config, environment: Mapping[str, str] | None = None
+) -> int:
+    """The peak of a process that learns so, with these variables beside ours."""
     words = [sys.executable, "-m", "benchmarks.flat_peak", "--point", str(tasks), str(size)]
     words += ["--config", json.dumps(asdict(config))]
-    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    env = {**os.environ, **(environment or {})}
+    return int(subprocess.run(words, check=True, capture_output=True, text=True, env=env).stdout)
 
 
-def run(config: Config, out: Path, only: Sequence[str] = ("examples", "tasks")) -> dict:
+def run(config: Config, out: Path, only: Sequence[str] = SERIES) -> dict:
     """Measure, and write the record."""
+    over_tasks = [(tasks, config.task_size) for tasks in config.tasks]
     points = {
         "examples": [(1, size) for size in config.examples],
-        "tasks": [(tasks, config.task_size) for tasks in config.tasks],
+        "tasks": over_tasks,
+        "returned": over_tasks,
     }
     found: dict[str, dict] = {}
     for name in only:
         peaks = []
         for tasks, size in points[name]:
-            peaks.append(in_a_process(tasks, size, config))
-            log(out, f"{tasks} tasks of {size} examples: {peaks[-1] / 2**20:.1f} MiB")
-            print(f"{tasks} tasks of {size} examples: {peaks[-1] / 2**20:.1f} MiB", flush=True)
+            environment = RETURNED if name == "returned" else {}
+            peaks.append(in_a_process(tasks, size, config, environment))
+            line = f"{name}: {tasks} tasks of {size} examples: {peaks[-1] / 2**20:.1f} MiB"
+            log(out, line)
+            print(line, flush=True)
         growth = max(peaks) / min(peaks) - 1
         found[name] = {"points": points[name], "peaks": peaks, "growth": growth}
     for name, value in (
@@ -102,7 +115,7 @@ def run(config: Config, out: Path, only: Sequence[str] = ("examples", "tasks")) 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", default=["examples", "tasks"])
+    parser.add_argument("--only", nargs="+", default=SERIES, choices=SERIES)
     parser.add_argument("--point", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=json.loads, default={}, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)

@@ -117,8 +117,9 @@ class Layer:
             right[-1, -1] += w.sum() * rows * width
 
     def kronecker(self) -> Kronecker:
+        """The factors, in the tensors of the sums, which are then used up."""
         count = torch.where(self.count == 0, torch.ones_like(self.count), self.count)
-        left, right = _symmetric(self.left), _symmetric(self.right) / count
+        left, right = _symmetric(self.left), _symmetric(self.right).div_(count)
         return Kronecker(left.unsqueeze(0), right.unsqueeze(0), self.shapes)
 
 
@@ -209,7 +210,8 @@ class Sums:
         return layer.left, layer.right, layer.count
 
     def blocks(self) -> tuple[Curvature, ...]:
-        """The blocks in the order of the parameters; zeros for what took no part."""
+        """The blocks in the order of the parameters; zeros for what took no part. Uses up the sums:
+        factors are the largest tensors of an update, and copies would be its peak."""
         found: list[Curvature] = []
         for name, p in self.params.items():
             key = self.seen.get(name)
@@ -382,5 +384,6 @@ def _add_gram(out: Tensor, x: Tensor, w: Tensor) -> None:
 
 
 def _symmetric(lower: Tensor) -> Tensor:
-    lower = lower.tril()
-    return lower + lower.tril(-1).mT
+    """The symmetric matrices of which ``lower`` has the lower half, in its place."""
+    below = lower.tril_().tril(-1)
+    return lower.add_(below.mT)
