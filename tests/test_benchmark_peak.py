@@ -16,6 +16,8 @@ def test_the_smoke_setting(tmp_path: Path) -> None:
     peaks = found["examples"]["peaks"]
     assert found["examples"]["points"] == [(1, 64), (1, 128)]
     assert found["examples"]["growth"] == max(peaks) / min(peaks) - 1
+    middle = (max(peaks) + min(peaks)) / 2
+    assert abs(found["examples"]["deviation"] - (max(peaks) / middle - 1)) < 1e-12
     assert min(peaks) > 50 * 2**20  # torch alone
     assert json.loads((tmp_path / "result.json").read_text())["examples"]["peaks"] == peaks
 

@@ -450,11 +450,10 @@ class Prior:
         if isinstance(data, Shard) and self.shards == 1:
             self._require_one(data.ranks, model, generator)
         over: dict[str, Any] = {"head": head, "generator": generator, "batch_size": batch_size}
+        how: dict[str, Any] = {"path": path, "groups": groups, "max_groups": max_groups}
         with _undrawn(generator):
-            items = self.memorise(model, data, **over)
-            return self.recall(
-                model, data, items, path=path, groups=groups, max_groups=max_groups, **over
-            )
+            # Not held here: once they are in memory, these copies of their inputs can go.
+            return self.recall(model, data, self.memorise(model, data, **over), **how, **over)
 
     def identify(
         self,
@@ -581,6 +580,7 @@ class Prior:
             held, kept, evicted = recall.merge(
                 old, items, recipe, self.num_data, new, self.likelihood, generator
             )
+        del old, items
         with evaluating(model):
             curvature, strength = recall.curvature(
                 past.terms,

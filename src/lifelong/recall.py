@@ -499,6 +499,10 @@ def plus(a: Params, b: Mapping[str, Tensor], factor: float = 1.0) -> Params:
 
 
 def by_head(memory: Memory) -> Iterator[tuple[Memory, Head | None]]:
-    """The items of each head in turn."""
-    for index in memory.head.unique().tolist():
+    """The items of each head in turn; the memory itself where they have one in common."""
+    present = memory.head.unique().tolist()
+    if len(present) == 1:
+        yield memory, memory.heads[present[0]]
+        return
+    for index in present:
         yield memory[(memory.head == index).nonzero().squeeze(1)], memory.heads[index]
