@@ -107,6 +107,43 @@ def test_what_cannot_follow():
     assert not bool(matrix(moved, wider).any())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("first", ["weight", "bias"])
+@pytest.mark.parametrize("structure", [*FOLLOWS, "eigen_kronecker"])
+def test_a_layer_gains_its_bias_or_its_weight(structure, first, groups):
+    """P G Pᵀ + G' by the sum = that of the dense matrices, in either order, in the blocks of G'."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, 2, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(*layers).double()
+    data = torch.randn(8, 2, 3, 3).double(), torch.arange(8) % 3
+    likelihood, of = Categorical(), [f"0.{first}", f"3.{first}"]
+    part = estimate(model, data, likelihood, structure=structure, params=of)
+    new = estimate(model, data, likelihood, structure=structure)
+    current = {n: p.detach() for n, p in parameters(model).items()}
+    old, _ = follow(part, current, {n: Place(n if n in of else None) for n in current})
+    truth = matrix(old, current) + matrix(new, current)
+    assert bool(matrix(old, current).any())
+    for total in (old + new, new + old):
+        torch.testing.assert_close(matrix(total, current), truth)
+        if isinstance(total, BlockDiagonal):
+            assert [list(b.shapes) for b in total.blocks] == [list(b.shapes) for b in new.blocks]
+            merged = total.merge() if "kronecker" in structure else total
+            torch.testing.assert_close(matrix(merged, current).trace(), truth.trace())
+
+
+@pytest.mark.parametrize("first", ["weight", "bias"])
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker", "eigen_kronecker", "block"])
+def test_a_prior_learns_on_after_a_layer_has_gained_a_part(structure, first):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    data = torch.randn(12, 4).double(), torch.arange(12) % 3
+    model.get_parameter("bias" if first == "weight" else "weight").requires_grad_(False)
+    prior = lifelong.recommended(Categorical(), memory=4, structure=structure)
+    prior = prior.update(model, data)
+    prior = prior.grow(model.requires_grad_()).update(model, data)
+    assert set(prior.weight.curvature.shapes) == {"weight", "bias"}
+
+
 @pytest.mark.parametrize("kind", ["rebase", "transfer"])
 def test_shares_of_groups_follow(kind):
     """A group leaves unseen, also after the regulariser or the features have changed."""

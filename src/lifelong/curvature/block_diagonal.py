@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..models import Params
 from .base import (
     Curvature,
     Shapes,
     describe,
+    numel,
     require_dense,
     require_rows,
     require_same,
@@ -131,7 +133,8 @@ class BlockDiagonal:
 
     def __add__(self, other: BlockDiagonal) -> BlockDiagonal:
         """Block by block; a diagonal of zeros (parameters that took no part) gives way to the
-        other's blocks.
+        other's blocks, and what one has of a layer's weight or bias alone joins the other's block
+        of both.
 
         StaleAnchorError where the parameters differ, ValueError where they are in other blocks,
         TypeError where two blocks are of structures that do not add.
@@ -195,7 +198,14 @@ def _partners(sums: Sequence[BlockDiagonal]) -> list[list[Curvature]]:
             zeros.update(block.diagonal())
         else:
             found.setdefault(frozenset(block.shapes), []).append(block)
-    names = [name for group in found for name in group]
+    groups: dict[frozenset[str], list[Curvature]] = {}
+    for key, group in found.items():
+        whole = max((other for other in found if key <= other), key=len)
+        wide = [_widened(b, found[whole][0]) for b in group] if key < whole else group
+        if None in wide:
+            whole, wide = key, group
+        groups.setdefault(whole, []).extend(wide)  # type: ignore[arg-type]
+    names = [name for key in groups for name in key]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -205,8 +215,38 @@ def _partners(sums: Sequence[BlockDiagonal]) -> list[list[Curvature]]:
     place = {name: i for i, name in enumerate(sums[0].shapes)}
     left: list[list[Curvature]] = [[Diagonal({n: v})] for n, v in zeros.items() if n not in names]
     return sorted(
-        [*found.values(), *left], key=lambda group: min(place[n] for n in group[0].shapes)
+        [*groups.values(), *left], key=lambda group: min(place[n] for n in group[0].shapes)
     )
+
+
+def _widened(block: Curvature, like: Curvature) -> Curvature | None:
+    """The same matrix over the parameters of ``like`` in its structure, 0 where these are new:
+    what was learned before a layer had its bias, or its weight. None where it cannot be held."""
+    shapes = like.shapes
+    if isinstance(like, Dense) and isinstance(block, (Dense, Diagonal)):
+        x, new = block.dense().matrix, {n: s for n, s in shapes.items() if n not in block.shapes}
+        x = torch.block_diag(x, x.new_zeros(numel(new), numel(new)))
+        return Dense(x, {**block.shapes, **new}).reordered(shapes)
+    if isinstance(like, Kronecker) and isinstance(block, Kronecker):
+        right = F.pad(block.right, (0, 1) * (block.right.ndim - 2))
+        return Kronecker(block.left, right, shapes)
+    if isinstance(like, EigenKronecker) and isinstance(block, EigenKronecker):
+        right = block.right
+        if right is not None:
+            right = F.pad(right, (0, 1, 0, 1))
+            right[..., -1, -1] = 1
+        return EigenKronecker(block.left, right, F.pad(block.values, (0, 1)), shapes)
+    if not isinstance(block, Diagonal) or list(block.shapes) != list(shapes)[1:]:
+        return None
+    bias = next(iter(block.values.values()))
+    if isinstance(like, EigenKronecker):
+        _, groups, rows, columns = like.values.shape
+        values = F.pad(bias.reshape(1, groups, rows, 1), (columns - 1, 0))
+        return EigenKronecker(None, None, values, shapes)
+    if isinstance(like, Kronecker):  # its input is the number 1, the last column: L ⊗ e eᵀ
+        right = F.pad(bias.new_ones(1, like.right.shape[1], 1), (like.right.shape[-1] - 1, 0))
+        return Kronecker(bias.reshape(1, like.left.shape[1], -1), right, shapes)
+    return None
 
 
 def _is_zero(block: Curvature) -> bool:
