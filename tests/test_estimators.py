@@ -345,6 +345,22 @@ def test_heads_weights_exclusion_batches(structure: str, estimator: str) -> None
     assert not whole(none, model).any()
 
 
+@settings(max_examples=20)
+@given(st.permutations(range(8)), st.integers(1, 8), st.integers(0, 12))
+def test_saturated_examples_count_in_the_inputs(order, batch_size: int, log_set: int) -> None:
+    """R is the mean over all examples, also over a batch whose Hessians are exactly 0."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2, bias=False).double(), torch.randn(8, 4, dtype=torch.float64)
+    x[4:] *= 1e5  # gaps of thousands between the logits
+    x = x[list(order)]
+    h = Categorical().hessian(model(x).detach())
+    assert int((h == 0).all(-1).all(-1).sum()) == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "WORKING_SET", 2**log_set)
+        g = kfac_of(model, (x, torch.zeros(8).long()), Categorical(), batch_size=batch_size)
+    close(whole(g, model), torch.kron(h.sum(0), x.T @ x / 8))
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 20), st.sampled_from(["kronecker", "eigen_kronecker"]))
 def test_the_batch_size_does_not_matter(batch_size: int, log_set: int, structure: str) -> None:
@@ -595,6 +611,22 @@ def test_options_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         low_rank_curvature(model, data, Categorical())
     with pytest.raises(ValueError, match="dense blocks take .* use kronecker_curvature"):
         block_curvature(model, data, Categorical())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_guard_counts_the_bytes_of_the_sums(monkeypatch, dtype: torch.dtype) -> None:
+    """Refused just where the result would take more: sums are in float32 or better."""
+    model, x = nn.Linear(5, C).to(dtype), torch.randn(4, 5, dtype=dtype)
+    calls = {"dense": {}, "block": {}, "low_rank": {"rank": 2}}
+    for structure, options in calls.items():
+        fit = partial(estimate, model, (x, torch.randn(4, C)), Gaussian(), structure=structure)
+        size = max(4, torch.finfo(dtype).bits // 8) * (6 * C) ** 2
+        size = size if structure != "low_rank" else 2 * size * 12 // (6 * C)
+        monkeypatch.setattr(estimators, "_DENSE_LIMIT", size)
+        fit(**options)
+        monkeypatch.setattr(estimators, "_DENSE_LIMIT", size - 1)
+        with pytest.raises(ValueError, match="GiB"):
+            fit(**options)
 
 
 def test_by_name_it_is_the_same() -> None:

@@ -111,9 +111,10 @@ def dense_curvature(
     """
     chosen = choose(model, params)
     size = sum(p.numel() for p in chosen.values())
-    if size**2 * 4 > _DENSE_LIMIT:
+    need = size**2 * _itemsize(chosen)
+    if need > _DENSE_LIMIT:
         raise ValueError(
-            f"a dense curvature of {size} parameters takes {size**2 * 4 / 2**30:.0f} GiB; "
+            f"a dense curvature of {size} parameters takes {need / 2**30:.0f} GiB; "
             "use diagonal_curvature, or choose fewer parameters with params="
         )
     total = _zeros(Dense, chosen)
@@ -167,7 +168,7 @@ def block_curvature(
     for name, p in chosen.items():
         modules.setdefault(name.rpartition(".")[0], {})[name] = p
     each = {module: sum(p.numel() for p in found.values()) for module, found in modules.items()}
-    need = 4 * sum(size**2 for size in each.values())
+    need = sum(each[module] ** 2 * _itemsize(found) for module, found in modules.items())
     if need > _DENSE_LIMIT:
         largest = max(each, key=lambda module: each[module])
         raise ValueError(
@@ -267,10 +268,11 @@ def low_rank_curvature(
     some = next(iter(chosen.values()))
     size = sum(p.numel() for p in chosen.values())
     width, dtype = min(size, rank + _OVERSAMPLE), accumulator(some.dtype)
-    if 8 * size * width > _DENSE_LIMIT:
+    need = 2 * dtype.itemsize * size * width
+    if need > _DENSE_LIMIT:
         raise ValueError(
             f"{width} directions of {size} parameters, twice, take "
-            f"{8 * size * width / 2**30:.0f} GiB; lower the rank, or choose fewer parameters with "
+            f"{need / 2**30:.0f} GiB; lower the rank, or choose fewer parameters with "
             "params="
         )
     generator = options.get("generator") or torch.Generator().manual_seed(0)
@@ -359,6 +361,11 @@ def _visit_all(
     _visit(add, model, chosen, source, likelihood, estimator, num_samples, generator, whole)
 
 
+def _itemsize(chosen: dict[str, nn.Parameter]) -> int:
+    """Bytes of a number in their sums."""
+    return accumulator(next(iter(chosen.values())).dtype).itemsize
+
+
 def _zeros(structure: type[G], chosen: dict[str, nn.Parameter]) -> G:
     with torch.inference_mode(False):  # a tensor of inference mode could not be added to
         return structure.zeros_like(chosen)
@@ -414,8 +421,7 @@ def _visit(
                 )
                 trace = engine.trace(part.inputs)
                 v = _directions(likelihood, trace.f, part, estimator, num_samples, generator)
-                if len(v):
-                    add(trace, v, part.weights.to(v.dtype))
+                add(trace, v, part.weights.to(v.dtype))
 
 
 def _own_generator(shared: torch.Generator, rank: int) -> torch.Generator:
@@ -446,7 +452,9 @@ def _directions(
         return torch.stack([scale * residual(likelihood, f, y, mask) for y in draws])
     v = _root(likelihood, inside).permute(2, 0, 1)
     # Outside of the head the columns are 0: a head of 2 classes out of 10 costs 2 backward passes.
-    return v[v.flatten(1).any(dim=1)]
+    used = v.flatten(1).any(dim=1)
+    used[0] |= not bool(used.any())  # saturated examples count in the mean of a layer's inputs
+    return v[used]
 
 
 def _require_methods(likelihood: Likelihood, estimator: Estimator) -> None:
