@@ -32,7 +32,16 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Curvature, Diagonal
-from .data import BATCH_SIZE, Data, Head, head_of, num_examples, require_repeatable
+from .data import (
+    BATCH_SIZE,
+    Data,
+    Examples,
+    Head,
+    Shard,
+    head_of,
+    num_examples,
+    require_repeatable,
+)
 from .function_space import function_covariance, function_kernel
 from .hooks import upcast
 from .jacobians import checked, differentiating, gradient, residual, weighted_batches
@@ -216,13 +225,12 @@ def loo_nll(
 
 
 class _Part(NamedTuple):
-    """A batch in eval mode: inputs, labels, masked f (B, C), r (B, C), H (B, C, C), mask (C,)."""
+    """A batch in eval mode: inputs, labels, masked f (B, C), r (B, C), mask (C,)."""
 
     inputs: Inputs
     labels: Tensor
     f: Tensor
     r: Tensor
-    H: Tensor
     mask: Tensor | None
 
 
@@ -238,8 +246,7 @@ def _parts(
             f = upcast(forward(model, batch.inputs))
             y, mask = checked(likelihood, f, batch)
             masked = likelihood.mask(f, mask)
-            r = residual(likelihood, f, y, mask)
-            yield _Part(batch.inputs, y, masked, r, likelihood.hessian(masked), mask)
+            yield _Part(batch.inputs, y, masked, residual(likelihood, f, y, mask), mask)
 
 
 def _pass(
@@ -255,8 +262,9 @@ def _pass(
         covariance = function_covariance(
             model, part.inputs, curvature, damping, likelihood=likelihood, mask=part.mask
         )
+        hessian = likelihood.hessian(part.f)
         yield Sensitivities(
-            likelihood, part.f, part.labels, part.r, part.H, covariance.to(part.f.dtype)
+            likelihood, part.f, part.labels, part.r, hessian, covariance.to(part.f.dtype)
         )
 
 
@@ -341,7 +349,7 @@ def group_change(
         shift = output_shift(model, members if on is None else on, step)
         return shift if mask is None else shift * mask
     f, r = torch.cat([part.f for part in parts]), torch.cat([part.r for part in parts])
-    hessian = torch.block_diag(*torch.cat([part.H for part in parts]))
+    hessian = torch.block_diag(*likelihood.hessian(f))
     with evaluating(model):
         kernel = function_kernel(model, members, curvature, damping, mask=mask)
     kernel = kernel.reshape(f.numel(), f.numel()).to(f.dtype)
@@ -367,35 +375,37 @@ def class_changes(
 
     Class -> the rise of the mean nll over its examples, a scalar in nats, at first order in the
     weights (``removal``), the outputs linearised. A class that others resemble rises little. That
-    is a large removal: read the order, not the number.
+    is a large removal: read the order, not the number. The data are read once, and held.
 
-    Raises ValueError for labels that are not (N,) integers, else as ``removal``.
+    Raises ValueError for labels that are not (N,) integers and a ``Shard`` of several ranks, else
+    as ``removal``.
     """
     require_repeatable(data)
+    if isinstance(data, Shard) and data.ranks.size > 1:
+        raise ValueError(
+            "leaving classes out reads all examples of a class at once; expected the whole data, "
+            "got a Shard of them"
+        )
     head = head_of(data, head)
     parts = list(_parts(model, data, likelihood, head, batch_size))
-    labels = torch.cat([part.labels for part in parts]).cpu()
+    inputs, mask = concat([part.inputs for part in parts]), parts[0].mask
+    labels, f = torch.cat([part.labels for part in parts]), torch.cat([part.f for part in parts])
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
             f"leaving classes out needs (N,) integer labels, got {labels.dtype} of shape "
             f"{tuple(labels.shape)}; use group_change on groups of your own"
         )
+    classes, counts = labels.unique(return_counts=True)
+    each = labels.argsort(stable=True).split(counts.tolist())
     changes = {}
-    for c in labels.unique().tolist():
-        step = removal(
-            model, data, likelihood, curvature, damping,
-            weights=(labels == c).double(), head=head, batch_size=batch_size,
-        )  # fmt: skip
-        rises = []
-        for part in parts:
-            index = (part.labels == c).nonzero().squeeze(1)
-            if len(index) == 0:
-                continue
-            shift = output_shift(model, take(part.inputs, index), step).to(part.f.dtype)
-            shift = shift if part.mask is None else shift * part.mask
-            f, y = part.f[index], part.labels[index]
-            rises.append(likelihood.nll(f + shift, y) - likelihood.nll(f, y))
-        changes[c] = torch.cat(rises).mean()
+    for c, index in zip(classes.tolist(), each, strict=True):
+        own = Examples(take(inputs, index), labels[index])
+        step = removal(model, own, likelihood, curvature, damping, head=head, batch_size=batch_size)
+        on = (take(own.inputs, slice(i, i + batch_size)) for i in range(0, len(own), batch_size))
+        shift = torch.cat([output_shift(model, x, step) for x in on]).to(f.dtype)
+        without = f[index] + (shift if mask is None else shift * mask)
+        rise = likelihood.nll(without, own.labels) - likelihood.nll(f[index], own.labels)
+        changes[c] = rise.mean()
     return changes
 
 
