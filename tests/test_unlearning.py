@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lifelong
-from lifelong import Categorical, Examples, Prior, Recipe, Regulariser
+from lifelong import Categorical, Examples, Prior, Recipe, Regulariser, unlearning
 from lifelong.testing import cases, laws
 from lifelong.unlearning import (
     Evidence,
@@ -289,6 +289,26 @@ def test_a_stack_is_its_models():
         atol=1e-5,
     )
     assert len(stack) == 3
+
+
+class Unchecked(Categorical):
+    """Reads no number, for tensors that have none."""
+
+    def validate(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("head", [None, (0, 1)])
+def test_shadows_are_where_their_models_are(head, monkeypatch):
+    """Data on the CPU, models on another device: here the one without numbers."""
+    monkeypatch.setattr(unlearning, "require_finite", lambda *_: None)
+    data, inside = replace(noise_data(6), head=head), halves(4, 6, seeded())
+    stack = train_shadows(
+        lambda seed: make(seed).to("meta"), data, Unchecked(), inside, epochs=1, minibatch=2
+    )
+    assert {p.device.type for p in stack.params.values()} == {"meta"}
+    scores = stack.confidence(data, Unchecked())
+    assert (scores.device.type, scores.shape) == ("meta", (4, 6))
 
 
 def test_attacks_on_a_model_that_memorises():

@@ -302,7 +302,8 @@ def lira(
             "expected target (N,), shadows (S, N) and inside (S, N), got "
             f"{tuple(target.shape)}, {tuple(shadows.shape)} and {tuple(inside.shape)}"
         )
-    target, shadows, inside = target.double(), shadows.double(), inside.bool()
+    target = target.double()
+    shadows, inside = shadows.to(target), inside.to(target.device, torch.bool)
     out_mean, out_scale = _fits(shadows, ~inside, pooled, "did not learn")
     z_out = (target - out_mean) / out_scale
     if not online:
@@ -369,6 +370,7 @@ class Shadows:
         parts = []
         with evaluating(self.model), torch.no_grad():
             for batch in batches(data, batch_size):
+                batch = batch.to(device_of(self.model))
                 f = vmap(self._apply, in_dims=(0, None))(self.params, batch.inputs)
                 mask = head_mask(head, f.shape[-1], f.device)
                 likelihood.validate(f[0], batch.labels, mask)
@@ -420,12 +422,12 @@ def train_shadows(
             f"inside must be (S, {len(data)}) bool with examples in each row, got shape "
             f"{tuple(inside.shape)}"
         )
-    inside = inside.bool()
+    inside = inside.bool().cpu()
     models = [make_model(seed) for seed in range(len(inside))]
-    stack = _stacked(models)
+    stack, device = _stacked(models), device_of(models[0])
     names = [n for n, p in models[0].named_parameters() if p.requires_grad]
     shadows = Shadows(models[0], stack, inside)
-    mask = head_mask(data.head, _width(models[0], data))
+    mask = head_mask(data.head, _width(models[0], data), device)
     sizes = inside.sum(1)
     steps = -(-int(sizes.max()) // minibatch)
     trained = [stack[n].requires_grad_() for n in names]
@@ -445,10 +447,10 @@ def train_shadows(
                 # A model with fewer examples goes on with its first ones.
                 place = (step * minibatch + torch.arange(minibatch)) % sizes.unsqueeze(1)
                 index = order.gather(1, place)
-                batch = data.batch(index.flatten())
+                batch = data.batch(index.flatten()).to(device)
                 inputs = _unflatten(batch.inputs, index.shape)
                 y = batch.labels.unflatten(0, index.shape)
-                total = vmap(loss)(stack, inputs, y, sizes).sum()
+                total = vmap(loss)(stack, inputs, y, sizes.to(device)).sum()
                 require_finite(total, "the loss of a shadow model")
                 optimizer.zero_grad()
                 total.backward()
@@ -467,7 +469,7 @@ def _stacked(models: Sequence[nn.Module]) -> Params:
 
 def _width(model: nn.Module, data: Examples) -> int:
     with evaluating(model), torch.no_grad():
-        return forward(model, data.batch(slice(0, 1)).inputs).shape[1]
+        return forward(model, data.batch(slice(0, 1)).to(device_of(model)).inputs).shape[1]
 
 
 def _unflatten(inputs: Any, shape: torch.Size) -> Any:
