@@ -78,6 +78,32 @@ def train(model: nn.Module, optimizer: Any, data: Any, steps: int, loss: Any = N
 # ------------------------------------------------------------------ VON
 
 
+def optimizers(model: nn.Module) -> dict[str, Any]:
+    return {
+        "IVON": ivon(model),
+        "Vadam": Vadam(model.named_parameters(), ess=20.0),
+        "VOGN": VOGN(model, NOISE, ess=20.0),
+        "VON": VON(model, NOISE, ess=20.0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["IVON", "Vadam", "VOGN", "VON"])
+def test_the_state_of_another_kind_is_refused(kind: str) -> None:
+    """The same names hold other quantities there; nothing is changed."""
+    model = linear()
+    optimizer = optimizers(model)[kind]
+    before = optimizer.state_dict()
+    for name, other in optimizers(model).items():
+        if name == kind:
+            optimizer.load_state_dict(other.state_dict())
+            continue
+        with pytest.raises(ValueError, match=f"the state of {kind}, got that of {name}"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.param_groups[0].keys() == before["param_groups"][0].keys()
+    del before["kind"]  # as files of before have it
+    optimizer.load_state_dict(before)
+
+
 @pytest.mark.parametrize("hessian", ["ggn", "exact"])
 @pytest.mark.parametrize("mc_samples", [0, 1, 3])
 def test_von_is_bayes_rule_in_one_step(hessian: Any, mc_samples: int) -> None:

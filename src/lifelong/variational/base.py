@@ -139,7 +139,7 @@ class Variational(torch.optim.Optimizer):
         if self._sampling:
             raise RuntimeError("the weights are a sample: leave sampled_params before you save")
         own = {"generator": self.generator.get_state(), "weight": self._weight}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **own, "kind": type(self).__name__}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state again, each tensor in the precision that it was saved in.
@@ -149,10 +149,16 @@ class Variational(torch.optim.Optimizer):
         """
         if self._sampling:
             raise RuntimeError("the weights are a sample: leave sampled_params before you load")
+        own = type(self).__name__
         if not {"generator", "weight", "state", "param_groups"} <= state_dict.keys():
             raise ValueError(
-                f"expected the state of {type(self).__name__}, with a generator; "
-                f"got the keys {sorted(state_dict)}"
+                f"expected the state of {own}, with a generator; got the keys {sorted(state_dict)}"
+            )
+        kind = state_dict.get("kind", own)  # files from before it was written have none
+        if kind != own:
+            raise ValueError(
+                f"expected the state of {own}, got that of {kind}, whose numbers mean something "
+                f"else; pass prior=gaussian_posterior(optimizer, model) to a new {own}"
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         # torch has cast the state to the dtype of the parameters.
