@@ -398,6 +398,19 @@ def test_in_the_learner_class_by_class(bias):
 # ------------------------------------------------------------------ bad input
 
 
+@pytest.mark.parametrize("iterations", [1, 10])
+def test_em_leaves_out_what_lies_across_all_rows(iterations):
+    """Of no curvature at all: the others are as without it."""
+    A = torch.cat([normal(6, 3), torch.zeros(6, 1, dtype=F64)], dim=1)
+    along, across = torch.eye(4, dtype=F64)[:2], torch.eye(4, dtype=F64)[3:]
+    start = CompactMemory(torch.cat([along, across]), torch.ones(3, dtype=F64))
+    found = match_em(A, start, logistic, iterations=iterations)
+    truth = match_em(A, start[:2], logistic, iterations=iterations)
+    assert torch.allclose(gram(found.rows(logistic)), gram(truth.rows(logistic)))
+    with pytest.raises(ValueError, match="no vector of the start has a part along"):
+        match_em(A, start[2:], logistic, iterations=iterations)
+
+
 ROWS = normal(5, 3)
 START = CompactMemory(normal(2, 3), torch.ones(2, dtype=F64))
 

@@ -192,6 +192,20 @@ class TestAgainstThePrior:
             learner.prior(12)
 
 
+def test_what_was_predicted_is_of_the_numbers_not_of_the_tensor() -> None:
+    """A buffer that NumPy fills again holds another row."""
+    learner = LaplaceFilter.of(network(), Gaussian(), discounts=[1.0])
+    buffer = torch.zeros(1, 3, dtype=torch.float64).numpy()
+    row, y = torch.from_numpy(buffer), torch.ones(1, 1)
+    for value in (0.0, 2.0):
+        buffer[:] = value
+        fresh = LaplaceFilter.of(network(), Gaussian(), discounts=[1.0])
+        torch.testing.assert_close(learner.predict(row), fresh.predict(row.clone()))
+    buffer[:] = -1.0
+    found, truth = learner.learn(row, y), fresh.learn(row.clone(), y)
+    torch.testing.assert_close(found.mean, truth.mean)
+
+
 def test_predicts_and_learns_in_inference_mode() -> None:
     x, y = data(4, Bernoulli())
     learner = LaplaceFilter.of(network(), Bernoulli(), standardise=3)

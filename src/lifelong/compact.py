@@ -150,8 +150,9 @@ def match_em(
     eigenvalues the scale stays near that of ``start`` for as many iterations as anyone waits
     (docs/compact-memory.md). ``match_closed_form`` is where it would go.
 
-    Raises ValueError for rows or a start of the wrong shape, an eps that is not positive or
-    iterations below 1; NonFiniteError.
+    A vector of the start across all of ``rows`` is left out. Raises ValueError for rows or a start
+    of the wrong shape, a start of such vectors alone, an eps that is not positive or iterations
+    below 1; NonFiniteError.
     """
     _require_rows(rows, 1)
     if not (damping > 0 and math.isfinite(damping)):
@@ -170,6 +171,11 @@ def match_em(
     apply = _curvature(rows)
     for _ in range(iterations):
         memory = _em_step(apply, memory, scale, damping)
+        if not len(memory):
+            raise ValueError(
+                "no vector of the start has a part along the examples' curvature; start from "
+                "features of these examples"
+            )
     return memory
 
 
@@ -185,8 +191,7 @@ def _em_step(
     # Where columns depend on each other, only eps² keeps A from being singular.
     A.diagonal().add_(1e-12 * A.diagonal().mean())
     F = SF @ torch.cholesky_solve(M, torch.linalg.cholesky(A))
-    weights = F.square().sum(0)
-    return CompactMemory((F / weights.sqrt()).T, weights / values)
+    return CompactMemory(F.T, 1 / values).unit()
 
 
 def _curvature(rows: Tensor) -> Callable[[Tensor], Tensor]:
