@@ -511,6 +511,16 @@ def test_how_much_new_loss_a_memory_can_take_is_known_beforehand():
             assert small.update(new).certified
 
 
+def test_where_all_is_forgotten_learning_begins_anew():
+    """Nothing that was dropped is left: the next fit is of all examples, and certified."""
+    data, fresh = Examples(normal(8, 2), normal(8, 1, seed=1)), KernelPrior(RBF(), Gaussian(0.5))
+    prior = fresh.update(data).memorise(4)
+    assert not prior.certified
+    again, truth = prior.forget(torch.arange(8), data).update(data), fresh.update(data)
+    assert again.certified
+    assert torch.equal(again.machine(data.inputs), truth.machine(data.inputs))
+
+
 def test_dropped_support_vectors_are_never_certified():
     full, small, *_ = support_alone(2)
     fewer = full.memorise(len(small) - 2)

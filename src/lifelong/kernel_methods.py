@@ -384,7 +384,8 @@ class KernelPrior:
         if data is not None and len(others):
             edited, entries = self._without(data, others)
         edited = edited._kept(~gone, carry=False)
-        edited = replace(edited, num_data=left)
+        # Where nothing is left, nothing that was dropped is in it any more.
+        edited = replace(edited, num_data=left, radius=self.radius if left else math.inf)
         if self.beliefs is None:
             return edited
         start = self._coefficients
