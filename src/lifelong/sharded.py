@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StaleAnchorError
+from .models import unwrapped
 
 
 def is_sharded(x: Any) -> bool:
@@ -41,11 +42,13 @@ def load_whole(replica: nn.Module, model: nn.Module) -> nn.Module:
     """``replica`` with the weights and buffers of ``model``, gathered on every rank, which all must
     call: what a prior is updated at, since curvature and strengths need whole parameters.
 
-    replica: the same network, not sharded. Raises StaleAnchorError where names or shapes differ;
-    the replica is then unchanged.
+    replica: the same network, not sharded. Either may come in its wrapper. Raises StaleAnchorError
+    where names or shapes differ; the replica is then unchanged.
     """
-    theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    mine = {**dict(replica.named_parameters()), **dict(replica.named_buffers())}
+    theirs, mine = (
+        {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+        for inner in (unwrapped(model), unwrapped(replica))
+    )
     differing = sorted(theirs.keys() ^ mine.keys())
     differing += [n for n in mine if n in theirs and mine[n].shape != theirs[n].shape]
     if differing:

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     from lightning.pytorch.plugins.precision import MixedPrecision
 
 import lifelong
+import test_sharded as sharded
 from lifelong.integrations.lightning import LifelongCallback, add_gradient
 
 CATEGORICAL = lifelong.Categorical()
@@ -300,7 +301,7 @@ DDP = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-sys.path[:0] = [{tests!r}, {source!r}]
+sys.path[:0] = [{tests!r}, {above!r}, {source!r}]
 torch.set_num_threads(1)
 import conftest  # as pytest would
 from torch.utils.data import DistributedSampler
@@ -320,8 +321,8 @@ torch.save([flat(module.parameters()), value], {folder!r} + f"/rank{{run.global_
 def test_two_processes_are_one(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     source = str(Path(lifelong.__file__).parent.parent)
-    paths = {"tests": str(Path(__file__).parent), "source": source, "folder": str(tmp_path)}
-    script.write_text(DDP.format(**paths))
+    paths = {"tests": str(ROOT / "tests/integrations"), "above": str(ROOT / "tests")}
+    script.write_text(DDP.format(**paths, source=source, folder=str(tmp_path)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, str(script)],
@@ -339,6 +340,77 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     callback = LifelongCallback(learned(module), memory_batch_size=4)
     trainer(tmp_path, callback, 2).fit(module, DataLoader(task(1), 8))
     torch.testing.assert_close(ranks[0][0], flat(module.parameters()))
+
+
+SHARDED = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+sys.path[:0] = [{tests!r}, {source!r}]
+torch.set_num_threads(1)
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from lifelong import Categorical, recommended
+from lifelong.data import shard
+from lifelong.distributed import Ranks
+from lifelong.sharded import load_whole
+from test_sharded import HELD, N, network, part, seeded, sgd, task
+
+def parallelize(model, mesh):
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh["data_parallel"])
+    return model
+
+strategy = ModelParallelStrategy(parallelize, data_parallel_size=2, tensor_parallel_size=1)
+fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+fabric.launch()
+model, replica = fabric.setup(network(1)), network(1)
+optimizer = fabric.setup_optimizers(sgd(model))
+prior = recommended(Categorical(), **HELD["recommended"])
+for number in range(2):
+    mine = part(task(number), fabric.global_rank, 2)
+    placed = prior.sharded_like(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        how = {{"batch_size": 4, "generator": seeded(), "ranks": Ranks()}}
+        fabric.backward(placed.loss(model, *mine, num_data=N, **how))
+        optimizer.step()
+    load_whole(replica, model)
+    prior = prior.prepare(replica, shard(mine)).update(replica, shard(mine), generator=seeded())
+weights = [p.detach() for p in replica.parameters()]
+torch.save([weights, prior(network(2)).detach()], {folder!r} + f"/rank{{fabric.global_rank}}.pt")
+"""
+
+
+def test_weights_that_fabric_shards_are_those_of_one_process(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    source = str(Path(lifelong.__file__).parent.parent)
+    paths = {"tests": str(ROOT / "tests"), "source": source, "folder": str(tmp_path)}
+    script.write_text(SHARDED.format(**paths))
+    subprocess.run(
+        [sys.executable, str(script)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        timeout=120,
+        capture_output=True,
+    )
+    one = sharded.network(1)
+    optimizer = sharded.sgd(one)
+    prior = lifelong.recommended(CATEGORICAL, **sharded.HELD["recommended"])
+    for number in range(2):
+        data = sharded.task(number)
+        for _ in range(2):
+            sharded.step(prior, one, data, optimizer, batch_size=4)
+        prior = prior.prepare(one, data).update(one, data, generator=sharded.seeded())
+    value = prior(sharded.network(2)).detach()
+    for rank in range(2):
+        weights, found = torch.load(tmp_path / f"rank{rank}.pt")
+        torch.testing.assert_close(
+            weights, [p.detach() for p in one.parameters()], rtol=1e-10, atol=1e-12
+        )
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)
 
 
 # -------------------------------------------------------------------- wrong use
