@@ -241,6 +241,22 @@ def test_file_and_flags_agree_and_flags_win(command: Command, tmp_path: Path) ->
     assert json.loads(again[1])["matrices"] == by_flags["matrices"]
 
 
+def test_a_clip_of_inf_is_kept_in_every_file(command: Command, tmp_path: Path) -> None:
+    args = [*TINY, "--prior", "finetune", "--quiet", "--json"]
+    code, out, err = command("run", *args, "--clip", "inf", "--out", tmp_path / "x")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["config"]["clip"], found["config"]["training"]["clip"]) == ("inf", None)
+    assert runs.load_config(tmp_path / "x").training.clip == float("inf")
+    code, out, _ = command("run", "--resume", tmp_path / "x", "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["matrices"] == found["matrices"]
+    toml = tmp_path / "x" / "config.toml"
+    code, _, err = command("run", "--config", toml, "--quiet", "--out", tmp_path / "y")
+    assert (code, err) == (0, "")
+    assert runs.load_config(tmp_path / "y") == runs.load_config(tmp_path / "x")
+
+
 def test_wrong_values_in_a_file_name_the_file(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('memory = "few"\n')

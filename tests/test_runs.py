@@ -285,8 +285,9 @@ def test_config_round_trips_as_dict_and_as_toml(tmp_path: Path) -> None:
         lr=1e-4,
         clip=float("inf"),
     )
-    again = RunConfig.from_dict(config.to_dict())
+    again = RunConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     assert again.to_dict() == config.to_dict()
+    assert again.training == config.training
     path = tmp_path / "config.toml"
     path.write_text(config.to_toml())
     import tyro
@@ -376,6 +377,13 @@ def test_other_data_are_no_way_to_go_on(tmp_path: Path, change: str) -> None:
         runs.execute(other, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert runs.execute(runs.prepare(config), tmp_path)["seeds"] == [0, 1]
+
+
+def test_what_cannot_be_written_leaves_no_folder(tmp_path: Path) -> None:
+    plan = replace(runs.prepare(tiny()), arguments={"strength": float("nan")})
+    with pytest.raises(ValueError, match="JSON"):
+        runs.create(plan, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_another_run_is_never_overwritten(tmp_path: Path) -> None:

@@ -322,10 +322,13 @@ class RunConfig:
         return replace(training, **changed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, by flag name, without what was left at None; ``set`` is a table."""
+        """Flat, by flag name, without what was left at None; ``set`` is a table. For json, which
+        has no infinity, a clip of inf is the text "inf"."""
         flat = {**asdict(self.experiment), **asdict(self.training), "set": self.settings}
         if self.experiment.data is not None:
             flat["data"] = str(self.experiment.data)
+        if self.training.clip == float("inf"):
+            flat["clip"] = "inf"
         return {name: value for name, value in flat.items() if value not in (None, {})}
 
     @classmethod
@@ -338,6 +341,8 @@ class RunConfig:
             values["set"] = tuple(f"{k}={_toml(v)}" for k, v in values["set"].items())
         if "data" in values:
             values["data"] = Path(values["data"])
+        if values.get("clip") == "inf":
+            values["clip"] = float("inf")
 
         def part(kind: type[Any]) -> Any:
             return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})

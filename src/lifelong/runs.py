@@ -214,7 +214,7 @@ def execute(
         results = [_seed(plan, seed, folder, watch, ranks) for seed in plan.config.seed_list]
         summary = summarise(plan, results)
         if folder is not None and writes:
-            _write_json(folder / RESULT, summary)
+            write(folder / RESULT, _json(summary))
             log(folder, f"finished: accuracy {summary['accuracy']['mean']:.4f}")
     return summary
 
@@ -293,23 +293,22 @@ def require_free(folder: Path) -> None:
 def create(plan: Plan, folder: Path) -> None:
     """Make the run's folder. Raises UsageError where another run lies there or is being made."""
     require_free(folder)
+    content = _json(  # before there is a folder: what cannot be written leaves none
+        {
+            "format": FORMAT,
+            "flags": plan.config.to_dict(),
+            "training": asdict(plan.training),
+            "prior": dict(plan.arguments),
+            "data": plan.fingerprint(),
+            "tasks": [task.name for task in plan.stream],
+        }
+    )
     with claimed(folder):
         require_free(folder)  # of another process, that was making it
         write(folder / TOML, plan.config.to_toml())
-        _write_json(folder / VERSIONS, versions())
+        write(folder / VERSIONS, _json(versions()))
         log(folder, f"started: {plan.config.experiment.prior} on {plan.benchmark.name}")
-        # Last, since it is what makes the folder a run.
-        _write_json(
-            folder / CONFIG,
-            {
-                "format": FORMAT,
-                "flags": plan.config.to_dict(),
-                "training": asdict(plan.training),
-                "prior": dict(plan.arguments),
-                "data": plan.fingerprint(),
-                "tasks": [task.name for task in plan.stream],
-            },
-        )
+        write(folder / CONFIG, content)  # last, since it is what makes the folder a run
 
 
 def _require_same_data(plan: Plan, folder: Path) -> None:
@@ -440,7 +439,7 @@ def _seed(
         learner, plan.stream, seed, folder=place, watch=watch, log_folder=log_folder
     )
     if place is not None and _is_first(ranks):
-        _write_json(place / ACCURACY, asdict(result))
+        write(place / ACCURACY, _json(asdict(result)))
     return result
 
 
@@ -576,8 +575,8 @@ def _described_type(hint: Any) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
-def _write_json(path: Path, content: Any) -> None:
-    write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _described(folder: Path) -> str:
