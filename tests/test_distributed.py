@@ -148,6 +148,26 @@ def every_case(rank: int, size: int, out: Path) -> Any:
     }
 
 
+DTYPES = [
+    torch.bool, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.int64, torch.bfloat16,
+    torch.float16, torch.float64, torch.complex64,
+]  # fmt: skip
+
+
+def of_dtype(dtype: torch.dtype, rank: int) -> Tensor:
+    """Rows of several bytes each; rank 1 has none."""
+    return (torch.arange(6).view(3, 2) * (200 if dtype.itemsize > 1 else 40) + 1).to(dtype)[
+        3 * rank :
+    ]
+
+
+def dtypes(rank: int, size: int, out: Path) -> Any:
+    ranks = Ranks()
+    gathered = [ranks.gather(of_dtype(dtype, rank)) for dtype in DTYPES]
+    summed = ranks.sum([torch.full((2,), 1 + rank).to(dtype) for dtype in DTYPES])
+    return [[(x.dtype, x.tolist()) for x in found] for found in (gathered, summed)]
+
+
 def mistakes(rank: int, size: int, out: Path) -> Any:
     ranks, model = Ranks(), network()
     data = parts_of(task(0), [15, 15], rank)
@@ -248,6 +268,7 @@ JOBS: dict[int, dict[str, Callable[[int, int, Path], Any]]] = {
         "cases": every_case,
         "learners": learners,
         "mistakes": mistakes,
+        "dtypes": dtypes,
         "loop": user_loop,
         "saved": saved,
     },
@@ -375,6 +396,38 @@ def test_mistakes_are_told_on_every_rank(on_ranks: Any) -> None:
         }.items():
             assert told[name].startswith(message), (rank, name, told[name])
         assert alone == (15 if rank == 0 else None)
+
+
+def test_rows_and_sums_of_any_dtype(on_ranks: Any) -> None:
+    for by_rank in on_ranks(2)[1]:
+        for dtype, rows, total in zip(DTYPES, *by_rank["dtypes"], strict=True):
+            assert rows == (dtype, of_dtype(dtype, 0).tolist())
+            assert total == (dtype, torch.full((2,), 3).to(dtype).tolist())
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:16290", ConnectionError),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms", ConnectionError),
+        ("Application timeout caused pair closure", ConnectionError),
+        ("Tensors must be contiguous", RuntimeError),
+        ("CUDA error: out of memory", RuntimeError),
+    ],
+)
+def test_only_a_broken_connection_is_blamed_on_another_rank(
+    message: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    with pytest.raises(kind) as caught:
+        Ranks().sum([torch.zeros(2)])
+    assert ("another rank has ended" in str(caught.value)) == (kind is ConnectionError)
 
 
 def test_without_a_process_group_there_are_no_ranks() -> None:

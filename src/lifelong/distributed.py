@@ -14,6 +14,7 @@ with generators in the same state.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,10 +83,12 @@ class Ranks:
         padded = torch.zeros((max(counts), *shape), dtype=dtype, device=device)
         if x is not None:
             padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
+        sent = padded.flatten().view(torch.uint8)  # backends do not know every dtype, but bytes
+        parts = [torch.empty_like(sent) for _ in counts]
         with self._telling("rows"):
-            dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+            dist.all_gather(parts, sent, group=self.group)
+        found = [part.view(dtype).view(padded.shape) for part in parts]
+        return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)])
 
     def gather_each(self, values: Mapping[str, Tensor] | Tensor | None) -> Any:
         """``gather``, of a mapping by its names."""
@@ -107,6 +110,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and _UNANSWERED.search(str(error)) is None:
+                raise
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConnectionError(
                 f"rank {self.rank} of {self.size} got no answer when it asked for {what}: "
@@ -119,6 +124,10 @@ class Ranks:
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
+# What backends say of a peer that has gone, or is late; NCCL has a type for it.
+_UNANSWERED = re.compile(r"gloo/transport|connect|time[d ]*out|broken pipe", re.IGNORECASE)
+
+
 def _names(values: Mapping[str, Tensor] | Tensor | None) -> tuple[str, ...] | None:
     """() for no rows at all, None for a tensor."""
     if values is None:
@@ -127,12 +136,14 @@ def _names(values: Mapping[str, Tensor] | Tensor | None) -> tuple[str, ...] | No
 
 
 def all_reduce(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """The sums over all ranks, in one message for each device and dtype."""
+    """The sums over all ranks, in one message for each device and dtype; integers travel as int64,
+    since backends do not know every dtype."""
     out: list[Tensor] = list(tensors)
     for kind in dict.fromkeys((t.device, t.dtype) for t in tensors):
         index = [i for i, t in enumerate(tensors) if (t.device, t.dtype) == kind]
         flat = torch.cat([tensors[i].flatten() for i in index])
+        flat = flat if flat.is_floating_point() or flat.is_complex() else flat.long()
         dist.all_reduce(flat, group=group)
         for i, part in zip(index, flat.split([tensors[i].numel() for i in index]), strict=True):
-            out[i] = part.reshape(tensors[i].shape)
+            out[i] = part.reshape(tensors[i].shape).to(tensors[i].dtype)
     return out
