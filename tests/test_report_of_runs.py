@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 from PIL import Image
 
 from lifelong import plots, runs
+from lifelong.adapted_runs import Regularise, adapt
 from lifelong.cli import main
 from lifelong.config import Experiment, Overrides, RunConfig, UsageError
 from lifelong.errors import CheckpointError
 from lifelong.report import of_runs
-from lifelong.report.files import latex
+from lifelong.report.files import latex, write_files
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,37 @@ def test_the_same_method_twice_is_told_apart(folder: Path) -> None:
     shutil.copytree(folder / "kprior", folder / "again")
     (section,) = of_runs([folder / "kprior", folder / "again"]).sections
     assert [m.label for m in section.methods] == ["kprior (kprior)", "kprior (again)"]
+
+
+def test_as_much_of_the_path_as_tells_runs_apart(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "b-x"]
+    for place in places:
+        shutil.copytree(folder / "kprior", place)
+    monkeypatch.chdir(tmp_path)
+    page = of_runs([Path("a/x"), Path("b/x"), Path("b-x"), folder / "finetune"])
+    labels = [m.label for m in page.sections[0].methods]
+    assert labels[:2] == ["kprior (a/x)", "kprior (b/x)"]
+    assert labels[2:] == [f"kprior ({tmp_path.name}/b-x)", "finetune"]
+    page = replace(page, sections=(replace(page.sections[0], methods=tuple(
+        replace(m, label=label)
+        for m, label in zip(page.sections[0].methods, ("k (b/x)", "k (b-x)", "k", "f"), strict=True)
+    )),))  # fmt: skip
+    written = write_files(page, tmp_path / "paper")
+    assert len({path.name for path in written}) == len(written) == 3 + 2 * 5
+    with pytest.raises(UsageError, match="b/../a/x is given twice"):
+        of_runs([Path("a/x"), Path("b/../a/x")])
+
+
+def test_an_adapted_run_is_not_said_to_be_unfinished(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new run"
+    adapt(folder / "kprior", out, Regularise(0.1), seed=0, max_iterations=2)
+    with pytest.raises(UsageError, match="was adapted") as caught:
+        of_runs([out])
+    assert str(out / "adaptation.json") in str(caught.value)
+    assert f"lifelong ui '{out}'" in str(caught.value)
+    assert "--resume" not in str(caught.value)
 
 
 def test_what_makes_no_report(folder: Path, tmp_path: Path) -> None:

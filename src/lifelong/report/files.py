@@ -43,7 +43,10 @@ def write_files(report: Report, folder: Path) -> list[Path]:
             title="Average accuracy on the tasks seen so far",
         )}  # fmt: skip
         for method in section.methods:
-            figures[f"matrix-{k}-{_file(method.label)}"] = matrix(
+            name = f"matrix-{k}-{_file(method.label)}"
+            if name in figures:  # of labels that differ in signs alone
+                name += f"-{len(figures)}"
+            figures[name] = matrix(
                 method.mean_matrix, section.task_names, title=f"Accuracy (%): {method.label}"
             )
         for name, figure in figures.items():

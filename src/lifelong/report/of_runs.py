@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 
+from ..adapted_runs import ADAPTATION
 from ..config import UsageError
 from ..errors import CheckpointError
 from ..learner import CHECKPOINT
 from ..memory import Memory
 from ..run_memory import prior_in
-from ..runs import ACCURACY, CONFIG, RESULT, VERSIONS
+from ..runs import ACCURACY, CONFIG, RESULT, VERSIONS, resume_command
 from ..thumbnails import NoPictureError, pixels
 from .results import Gallery, MethodResult, Picture, Report, RunSummary, Section
 
@@ -26,8 +28,13 @@ GALLERY_SIZE = 18
 def of_runs(folders: Sequence[Path], command: str = "") -> Report:
     """One page about runs on the same tasks, a method each; pictures are of the first one's memory.
 
-    Raises UsageError for a folder without a finished seed, and for runs on other tasks.
+    Raises UsageError for a folder without a finished seed or given twice, for a run that was adapted,
+    and for runs on other tasks.
     """
+    places = [folder.resolve() for folder in folders]
+    for i, folder in enumerate(folders):
+        if places[i] in places[:i]:
+            raise UsageError(f"{folder} is given twice; name each run once")
     read = [_read(folder) for folder in folders]
     tasks, first = read[0]["tasks"], read[0]
     for folder, other in zip(folders[1:], read[1:], strict=True):
@@ -38,10 +45,10 @@ def of_runs(folders: Sequence[Path], command: str = "") -> Report:
             )
     names = [content["prior"] for content in read]
     methods = []
-    for folder, content in zip(folders, read, strict=True):
+    for place, content in zip(_told_apart(places), read, strict=True):
         name = content["prior"]
         if names.count(name) > 1:  # the same method with other settings
-            name = f"{name} ({folder.name})"
+            name = f"{name} ({place})"
         methods.append(MethodResult(content["prior"] if name == content["prior"] else name, name,
                                     tuple(content["runs"])))  # fmt: skip
     scenario = {"task": "the task is told", "class": "all classes compete", "domain": "one head"}
@@ -61,6 +68,14 @@ def of_runs(folders: Sequence[Path], command: str = "") -> Report:
         date=datetime.fromtimestamp((folders[0] / CONFIG).stat().st_mtime).date().isoformat(),
         command=command,
     )
+
+
+def _told_apart(places: Sequence[Path]) -> list[str]:
+    """The last parts of different paths, as few as tell all of them apart."""
+    n = 1
+    while len({place.parts[-n:] for place in places}) < len(places):
+        n += 1
+    return ["/".join(place.parts[-n:]) for place in places]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -84,10 +99,14 @@ def _read(folder: Path) -> dict[str, Any]:
         ]  # fmt: skip
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"the run in {folder} is damaged ({error!r})") from error
-    if not runs:
+    if "adaptations" in config:
         raise UsageError(
-            f"no seed of {folder} is finished; go on with lifelong run --resume {folder}"
+            f"the run in {folder} was adapted, and a report is of runs as they were learned; what "
+            f"came of it is in {folder / ADAPTATION}, and lifelong ui {shlex.quote(str(folder))} "
+            "shows it"
         )
+    if not runs:
+        raise UsageError(f"no seed of {folder} is finished; go on with {resume_command(folder)}")
     flags, size = config["flags"], len(runs[0].accuracy)
     training = config.get("training", {})
     settings = {
