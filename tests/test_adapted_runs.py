@@ -21,6 +21,7 @@ from lifelong.adapted_runs import (
     Remove,
     Transfer,
     adapt,
+    restored,
 )
 from lifelong.certificate import Certificate, create_key, digest_examples, digest_prior
 from lifelong.checkpoint import load
@@ -338,6 +339,24 @@ def test_other_hidden_layers_note_what_they_leave(run, command):
     assert code == 0
     assert "Note: the new model leaves behind" in out
     assert err == "seed 0 is adapted\nseed 1 is adapted\n"
+
+
+@pytest.mark.parametrize("prior", ["finetune", "ewc", "si", "online_laplace", "lwf", "der"])
+def test_classes_of_a_run_that_nothing_tells_them_by(command, tmp_path, prior):
+    """Without a memory the outputs are the last layer's rows; squares of logits say nothing of a
+    new class. A class that is given up and one that is new leave the others' rows in their place."""
+    args = ["--benchmark", "two-moons", "--epochs", "2", "--batch-size", "100", "--quiet"]
+    assert cli.main(["run", *args, "--prior", prior, "--out", "x"]) == 0
+    grown = ("transfer", "x", "--classes", "3", "--out", "y", "--max-iterations", "1", "--quiet")
+    code, _, err = command(*grown)
+    assert (code, err) == (0, "")
+    code, _, err = command("transfer", "y", "--keep", "1", "--out", "z", *FEW)
+    assert (code, err) == (0, "")
+    old, wide, narrow = (list(restored(Path(n))[0].model.parameters())[-2] for n in "xyz")
+    assert (len(old), len(wide), len(narrow)) == (2, 3, 1)
+    if prior == "finetune":  # no prior moves the weights afterwards
+        assert torch.equal(wide[:2], old)
+        assert torch.equal(narrow, old[1:])
 
 
 def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypatch):

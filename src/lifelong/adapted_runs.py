@@ -37,6 +37,7 @@ from .checkpoint import dumps, write
 from .checkpoint import load as load_checkpoint
 from .config import UsageError
 from .data import Examples, Head
+from .divergences import Logit
 from .errors import CheckpointError, ClippedWarning, NotHeldWarning
 from .learner import CHECKPOINT, Learner
 from .likelihoods import Categorical
@@ -479,6 +480,12 @@ def _transferred(
         torch.manual_seed(int(learner.generator.initial_seed()))
         model = _network(plan, goal)
         model.to(device_of(learner.model))
+        if isinstance(learner.prior.recipe.divergence, Logit):
+            how["new_classes"] = "mask"  # no logit means that a class is impossible
+        if classes is not None and not learner.prior.memory:
+            # No memory tells which parameters the outputs are: here they are the last layer's.
+            *_, (name, layer) = (p for p in model.named_modules() if isinstance(p[1], nn.Linear))
+            how["head"] = tuple(f"{name}.{n}" for n, _ in layer.named_parameters())
         return learner.transfer(model, **how, **options)
 
 

@@ -190,7 +190,8 @@ class TransferFlags(Shared):
     hidden: Annotated[str | None, arg(metavar="INT,..."), _default("as they are")] = None
     """Widths of the hidden layers; none for no hidden layer."""
     classes: Annotated[_Int, _default("as they are")] = None
-    """Number of classes; the new ones come last."""
+    """Number of classes; the new ones come last. What is remembered says that they are \
+impossible, and for DER, whose squares cannot say so, nothing of them."""
     keep: Annotated[str | None, arg(metavar="INT,..."), _default("all")] = None
     """Classes to keep, in their new order; examples of the others are given up."""
 
