@@ -456,10 +456,15 @@ def test_compact(command: Command, store: Path) -> None:
         (["drop", "STORE"], 2, "say which items to drop: --ids, or --task"),
         (["drop", "STORE", "--ids", "77"], 1, "no items [77]; lifelong memory ls lists them"),
         (["show", "STORE", "99999999999999999999"], 2, "not in today's memory: 999999999999999"),
-        (["drop", "STORE", "--task", "99999999999999999999"], 1, "no item of today's memory is"),
+        (["drop", "STORE", "--task", "99999999999999999999"], 1, "no item of today's memory has"),
+        (
+            ["drop", "STORE", "--task", "77", "--label", "1"],
+            1,
+            "has task 77 and label 1; lifelong memory ls lists them",
+        ),
         (["forget", "STORE", "--yes"], 2, "say which items to forget"),
         (["forget", "STORE", "--ids", "77,1"], 1, "any version has no items [77]"),
-        (["forget", "STORE", "--task", "7"], 1, "no item of any version is Where(task=7"),
+        (["forget", "STORE", "--task", "7"], 1, "no item of any version has task 7"),
         (
             ["forget", "STORE", "--ids", "1", "--run", "no", "--yes"],
             2,

@@ -539,9 +539,6 @@ def _drop(flags: Drop) -> int:
         dropped = before - len(store)
     if flags.json:
         return _json({"version": version, "dropped": dropped})
-    if version == old:
-        _say("no item is like that: nothing was dropped")
-        return 0
     sys.stdout.write(f"{_items(dropped)} dropped in version {version}\n")
     _say(
         f"undo it with: lifelong memory restore {_shell(flags.store)} {old}; older versions still "

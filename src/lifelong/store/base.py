@@ -11,7 +11,7 @@ Readers see whole versions only. Whatever raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -41,6 +41,16 @@ class Where:
     label: float | None = None
     kind: Kind | None = None
     text: str | None = None
+
+    def __str__(self) -> str:
+        """ "task 0 and label 3", or "anything"."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        words = [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in given.items()
+            if value is not None
+        ]
+        return " and ".join(words) or "anything"
 
 
 Which = Where | Iterable[int | str]  # int: the item's number; str: every item with that id

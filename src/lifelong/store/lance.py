@@ -933,7 +933,7 @@ class LanceStore:
         if isinstance(which, Where):
             found = sorted({item for item, _ in self._matching(view, which, version)})
             if not found:
-                raise ValueError(f"no item of {where} is {which}; store.items() lists them")
+                raise ValueError(f"no item of {where} has {which}; store.items() lists them")
             return found
         if isinstance(which, (str, bytes)):
             raise TypeError(f"expected ids in a list, got {which!r}; pass [{which!r}]")

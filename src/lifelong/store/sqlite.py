@@ -997,7 +997,7 @@ class SqliteStore(Database):
             sql, values = self._select(con, "DISTINCT l.item", which, version)
             found = [row[0] for row in con.execute(sql, values)]
             if not found:
-                raise ValueError(f"no item of {where} is {which}; store.items() lists them")
+                raise ValueError(f"no item of {where} has {which}; store.items() lists them")
             return sorted(found)
         if isinstance(which, (str, bytes)):
             raise TypeError(f"expected ids in a list, got {which!r}; pass [{which!r}]")
