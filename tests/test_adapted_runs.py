@@ -343,8 +343,8 @@ def test_other_hidden_layers_note_what_they_leave(run, command):
 
 @pytest.mark.parametrize("prior", ["finetune", "ewc", "si", "online_laplace", "lwf", "der"])
 def test_classes_of_a_run_that_nothing_tells_them_by(command, tmp_path, prior):
-    """Without a memory the outputs are the last layer's rows; squares of logits say nothing of a
-    new class. A class that is given up and one that is new leave the others' rows in their place."""
+    """Without a memory the outputs are the last layer's rows, squares of logits say nothing of a
+    new class, and the rows of the classes that stay are as they were."""
     args = ["--benchmark", "two-moons", "--epochs", "2", "--batch-size", "100", "--quiet"]
     assert cli.main(["run", *args, "--prior", prior, "--out", "x"]) == 0
     grown = ("transfer", "x", "--classes", "3", "--out", "y", "--max-iterations", "1", "--quiet")
@@ -387,6 +387,10 @@ def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypa
         (("remove", "RUN"), "say what to remove: --ids 3,5,9"),
         (("remove", "RUN", "--ids", "3,x"), "--ids wants whole numbers"),
         (("remove", "RUN", "--ids", "@none"), "--ids: cannot read none: No such file"),
+        (("remove", "RUN", "--ids", str(2**63)), "--ids wants whole numbers below 2**63"),
+        (("remove", "RUN", "--ids", "9" * 5000), "--ids wants whole numbers below 2**63"),
+        (("remove", "RUN", "--ids", str(2**63 - 1)), f"--ids: {2**63 - 1} is not among the"),
+        (("remove", "RUN", "--label", str(2**70)), "--label wants a class below 2**63"),
         (("remove", "RUN", "--ids", "99999"), "--ids: 99999 is not among the examples"),
         (("remove", "RUN", "--label", "7"), "nothing to remove: no example with label 7"),
         (("remove", "RUN", "--task", "3"), "--task 3: the run has learned tasks 1 to 2"),
@@ -395,7 +399,7 @@ def test_the_next_task_of_a_run_that_was_interrupted(command, tmp_path, monkeypa
         (("remove", "RUN", "--label", "1", "--note", "x"), "are of a certificate; give --certific"),
         (
             ("remove", "RUN", "--label", "1", "--certificate", "--key", "none.pem"),
-            "none.pem",
+            "--key: there is no file none.pem; lifelong certificate key none.pem makes one",
         ),
         (("add", "RUN"), "say what to add: --from FILE, or --task N"),
         (("add", "RUN", "--task", "3"), "all are learned (2 tasks)"),

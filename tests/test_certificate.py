@@ -500,6 +500,8 @@ def test_command_line(
     assert "for you alone" in capsys.readouterr().out
     assert main(["certificate", "key", str(tmp_path / "new.pem")]) == 1
     assert "is there already" in capsys.readouterr().err
+    assert main(["certificate", "verify", str(data), "--key", str(tmp_path / "no.pub")]) == 2
+    assert f"--key: there is no file {tmp_path / 'no.pub'}" in capsys.readouterr().err
     assert main(["certificate", "burn"]) == 2
     assert "say verify or key" in capsys.readouterr().err
     assert main(["certificate"]) == 2

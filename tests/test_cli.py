@@ -51,6 +51,9 @@ def test_help_lists_the_commands(command: Command) -> None:
     assert max(map(len, out.splitlines())) <= 100
     assert command("-h") == command("help") == (0, out, "")
     assert command() == (2, out, "")
+    for words in (["run"], ["adapt", "remove"], ["memory", "ls"], ["certificate"]):
+        assert command("help", *words) == command(*words, "--help") != (0, out, "")
+    assert command("help", "rn")[0] == 2
 
 
 def test_version(command: Command) -> None:
@@ -120,6 +123,7 @@ def test_the_package_offers_its_names_lazily() -> None:
         (["run", "--memory", "few"], "'few' is no budget"),
         (["run", "--memory", "0B"], "at least 1, got 0"),
         (["run", "--memory", "fidelity:2"], "lies in (0, 1], got 2"),
+        (["run", "--seed", str(2**63 - 1), "--seeds", "2"], "seeds must lie below 2**63"),
         (["run", "--lr"], "Missing value for argument '--lr'"),
         (["run", "--prior", "ewc", "--set", "strngth=1"], "did you mean 'strength'?"),
         (["run", "--benchmark", "split-mnist"], "set LIFELONG_DATA"),

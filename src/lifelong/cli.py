@@ -131,6 +131,8 @@ _PIPE = 128 + 13  # as the shell tells of a program that SIGPIPE ended
 
 
 def _main(args: list[str]) -> int:
+    if args[:1] == ["help"] and len(args) > 1:  # lifelong help run
+        args = [*args[1:], "--help"]
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
         return 0 if args else 2

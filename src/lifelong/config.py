@@ -284,6 +284,8 @@ class RunConfig:
             raise UsageError(f"seeds must be at least 1, got {self.experiment.seeds}")
         if self.experiment.seed < 0:
             raise UsageError(f"seed must not be negative, got {self.experiment.seed}")
+        if self.experiment.seed + self.experiment.seeds > 2**63:  # as much as torch takes
+            raise UsageError(f"all seeds must lie below 2**63, got seed {self.experiment.seed}")
         if self.training.threads < 1:
             raise UsageError(f"threads must be at least 1, got {self.training.threads}")
         try:

@@ -133,12 +133,18 @@ class RemoveFlags(Shared):
 
         if not self.certificate and (self.key is not None or self.note):
             raise UsageError("--key and --note are of a certificate; give --certificate, too")
+        if self.key is not None and not self.key.is_file():
+            raise UsageError(
+                f"--key: there is no file {self.key}; lifelong certificate key {self.key} makes one"
+            )
         return Certifying(self.key, self.note) if self.certificate else None
 
     @property
     def change(self) -> Change:
         from ..adapted_runs import Remove
 
+        if self.label is not None and not -(2**63) <= self.label < 2**63:
+            raise UsageError(f"--label wants a class below 2**63, got {self.label}")
         return Remove(None if self.ids is None else _ids(self.ids), self.task, self.label)
 
 
@@ -263,10 +269,21 @@ def main(args: list[str], parse: Callable[..., Any]) -> int:
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    found = _whole(text)
+    if found is None:
+        raise UsageError(
+            f"{flag} wants whole numbers below 2**63, as in {flag} 3,5,9, got {text!r}"
+        )
+    return found
+
+
+def _whole(text: str) -> tuple[int, ...] | None:
+    """Numbers that int64 holds, divided by commas or blanks; None for anything else, or none."""
     parts = text.replace(",", " ").split()
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{flag} wants whole numbers, as in {flag} 3,5,9, got {text!r}")
-    return tuple(int(part) for part in parts)
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        return None
+    found = tuple(int(part) for part in parts)
+    return found if found and max(found) < 2**63 else None
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -285,10 +302,12 @@ def _ids(text: str) -> tuple[int, ...]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text"
         raise UsageError(f"--ids: cannot read {path}: {why}") from None
-    parts = content.replace(",", " ").split()
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--ids: {path} should hold whole numbers, divided by commas or lines")
-    return tuple(int(part) for part in parts)
+    found = _whole(content)
+    if found is None:
+        raise UsageError(
+            f"--ids: {path} should hold whole numbers below 2**63, divided by commas or lines"
+        )
+    return found
 
 
 def _table(kind: str, summary: dict[str, Any], out: Path) -> None:

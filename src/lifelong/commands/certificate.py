@@ -65,6 +65,10 @@ def certificate(args: list[str]) -> int:
     if kind != "verify":
         raise UsageError(f"there is no kind {kind!r}; say verify or key")
     flags = parse(Verify, prog, "Is a certificate as it was signed?", EXAMPLES, rest)
+    if not flags.key.is_file():
+        raise UsageError(
+            f"--key: there is no file {flags.key}; it is the public key, such as x.pub"
+        )
     from ..certificate import Certificate, listing
 
     found = Certificate.load(flags.file).verify(flags.key)

@@ -28,8 +28,8 @@ GALLERY_SIZE = 18
 def of_runs(folders: Sequence[Path], command: str = "") -> Report:
     """One page about runs on the same tasks, a method each; pictures are of the first one's memory.
 
-    Raises UsageError for a folder without a finished seed or given twice, for a run that was adapted,
-    and for runs on other tasks.
+    Raises UsageError for a folder without a finished seed or given twice, for a run that was
+    adapted, and for runs on other tasks.
     """
     places = [folder.resolve() for folder in folders]
     for i, folder in enumerate(folders):
