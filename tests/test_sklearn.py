@@ -247,6 +247,7 @@ def test_wrong_use_says_so_and_changes_nothing() -> None:
         ("ids from 0 to 44", lambda: learned.forget(ids=[45])),
         ("ids from 0 to 44", lambda: learned.forget(ids=[3, 3])),
         ("whole number", lambda: learned.forget(ids=[0.5])),
+        ("whole number", lambda: learned.forget(ids=np.array([True, False]))),  # a mask
         ("none of these examples is in memory", lambda: learned.forget(ids=unremembered(learned))),
         ("never learned", lambda: learned.forget(X, y + 1)),
         ("not in classes", lambda: learned.partial_fit(X, y, classes=[0, 1])),
@@ -283,6 +284,32 @@ def test_a_failed_call_leaves_new_classes_out(monkeypatch: pytest.MonkeyPatch) -
         learned.partial_fit(X, y + 1)
     assert list(learned.classes_) == [0, 1, 2]
     assert np.array_equal(weights(learned), before)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "make"),
+    [(LifelongClassifier, classes), (LifelongRegressor, numbers)],
+)
+def test_a_failed_fit_leaves_all_as_it_was(estimator: Any, make: Any) -> None:
+    """A fitted one predicts as before, and one that was not fitted still is not."""
+    X, y = make()
+    learned = estimator(random_state=0).fit(X, y)
+    learned.set_params(prior=learned.prior_)  # is not fresh
+    before = pickle.dumps(learned)
+    new = clone(learned)
+    for _ in range(2):
+        for call in (learned.fit, new.fit, new.partial_fit):
+            with pytest.raises(ValueError, match="fresh"):
+                call(X, y)
+    assert pickle.dumps(learned) == before
+    with pytest.raises(NotFittedError):
+        new.predict(X)
+
+
+def test_sizes_may_be_numpys() -> None:
+    X, y = classes()
+    a, b = (LifelongClassifier(memory=m, random_state=0).fit(X, y) for m in (5, np.int64(5)))
+    assert np.array_equal(weights(a), weights(b))
 
 
 @pytest.mark.parametrize(

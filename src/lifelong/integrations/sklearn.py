@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Integral, Real
@@ -103,6 +104,17 @@ class _Lifelong(BaseEstimator):
 
     # ---------------------------------------------------------------- learning
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What raises inside leaves the estimator as it was, fitted or not."""
+        before = dict(vars(self))  # models and priors are replaced, never changed
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
     def _start(self, num_outputs: int) -> None:
         self.n_seen_ = 0
         self._bounds: tuple[int, ...] = (0,)  # of the ids of each call
@@ -111,7 +123,7 @@ class _Lifelong(BaseEstimator):
         self.prior_ = self._fresh_prior()
 
     def _learn(self, X: Any, labels: Tensor, model: nn.Sequential, prior: Prior) -> None:
-        """Refit and update; what raises leaves the estimator as it was."""
+        """Refit and update."""
         ids = torch.arange(self.n_seen_, self.n_seen_ + len(labels))
         data = Examples(_tensor(X), labels, ids)
         prior = prior.prepare(model, data)
@@ -188,7 +200,7 @@ class _Lifelong(BaseEstimator):
 
     def _known_ids(self, ids: Any) -> Tensor:
         chosen = torch.as_tensor(np.asarray(ids)).reshape(-1)
-        if chosen.is_floating_point() or not len(chosen):
+        if chosen.is_floating_point() or chosen.dtype == torch.bool or not len(chosen):
             raise ValueError(f"expected at least one whole number as ids, got {ids!r}")
         unknown = chosen[(chosen < 0) | (chosen >= self.n_seen_)]
         if len(unknown) or len(chosen.unique()) < len(chosen):
@@ -236,8 +248,8 @@ class _Lifelong(BaseEstimator):
             _require_fresh(self.prior, likelihood)
             return self.prior
         num_weights = sum(p.numel() for p in self.model_.parameters())
-        make = _PRIORS[self.prior]
-        prior = make(likelihood, self.memory, bool(self.hidden), num_weights)
+        make, memory = _PRIORS[self.prior], None if self.memory is None else int(self.memory)
+        prior = make(likelihood, memory, bool(self.hidden), num_weights)
         others = tuple(t for t in prior.terms if not isinstance(t, Regulariser))
         # Bayes' rule counts rows: calls are parts of one data set, and need not be equal tasks.
         recipe = replace(prior.recipe, total=self.memory is not None, equal_tasks=False)
@@ -289,7 +301,7 @@ class LifelongClassifier(ClassifierMixin, _Lifelong):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Learn from nothing. X (N, D), y (N,) classes. Raises ValueError for parameters or data
-        that do not fit."""
+        that do not fit; then nothing was changed."""
         return self._fit(X, y, None, fresh=True)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
@@ -302,19 +314,20 @@ class LifelongClassifier(ClassifierMixin, _Lifelong):
         return self._fit(X, y, classes, fresh=not hasattr(self, "model_"))
 
     def _fit(self, X: Any, y: Any, classes: Any, *, fresh: bool) -> Self:
-        self._require_parameters()
-        X, y = validate_data(self, X, y, reset=fresh, dtype=np.float64, **self._checks)
-        check_classification_targets(y)
-        given = np.unique(y if classes is None else classes)
-        if classes is not None and (strange := np.setdiff1d(y, given)).size:
-            raise ValueError(f"y has labels that are not in classes: {strange.tolist()}")
-        if fresh:
-            self.classes_ = given
-            self._start(len(given))
-        known = np.union1d(self.classes_, given)
-        model, prior = self._grown(known)
-        self._learn(X, _places(known, y), model, prior)
-        self.classes_ = known
+        with self._all_or_nothing():
+            self._require_parameters()
+            X, y = validate_data(self, X, y, reset=fresh, dtype=np.float64, **self._checks)
+            check_classification_targets(y)
+            given = np.unique(y if classes is None else classes)
+            if classes is not None and (strange := np.setdiff1d(y, given)).size:
+                raise ValueError(f"y has labels that are not in classes: {strange.tolist()}")
+            if fresh:
+                self.classes_ = given
+                self._start(len(given))
+            known = np.union1d(self.classes_, given)
+            model, prior = self._grown(known)
+            self._learn(X, _places(known, y), model, prior)
+            self.classes_ = known
         return self
 
     def _grown(self, classes: np.ndarray) -> tuple[nn.Sequential, Prior]:
@@ -373,7 +386,7 @@ class LifelongRegressor(RegressorMixin, _Lifelong):
 
     def fit(self, X: Any, y: Any) -> Self:
         """Learn from nothing. X (N, D), y (N,) or (N, C). Raises ValueError for parameters or
-        data that do not fit."""
+        data that do not fit; then nothing was changed."""
         return self._fit(X, y, fresh=True)
 
     def partial_fit(self, X: Any, y: Any) -> Self:
@@ -382,15 +395,16 @@ class LifelongRegressor(RegressorMixin, _Lifelong):
         return self._fit(X, y, fresh=not hasattr(self, "model_"))
 
     def _fit(self, X: Any, y: Any, *, fresh: bool) -> Self:
-        self._require_parameters()
-        X, y = validate_data(self, X, y, reset=fresh, dtype=np.float64, **self._checks)
-        outputs, labels = self._targets(y)
-        if fresh:
-            self._flat = np.ndim(y) == 1
-            self._start(len(outputs))
-        elif len(outputs) != (before := _num_outputs(self.model_)):
-            raise ValueError(f"y has {len(outputs)} columns, expected {before} as before")
-        self._learn(X, labels, copy.deepcopy(self.model_), self.prior_)
+        with self._all_or_nothing():
+            self._require_parameters()
+            X, y = validate_data(self, X, y, reset=fresh, dtype=np.float64, **self._checks)
+            outputs, labels = self._targets(y)
+            if fresh:
+                self._flat = np.ndim(y) == 1
+                self._start(len(outputs))
+            elif len(outputs) != (before := _num_outputs(self.model_)):
+                raise ValueError(f"y has {len(outputs)} columns, expected {before} as before")
+            self._learn(X, labels, copy.deepcopy(self.model_), self.prior_)
         return self
 
     def _likelihood(self) -> Likelihood:
