@@ -302,6 +302,23 @@ def test_shards_are_the_examples(shards: list[Path], model: nn.Module) -> None:
     assert len(list(Shards(shards[0]))) == 25
 
 
+def test_files_that_webdataset_reads_past_are_in_no_sample(tmp_path: Path) -> None:
+    """Its pattern: ((?:.*/|)[^.]+)[.]([^/]*)."""
+    names = ["README", "a/._0.jpg", "a/0.jpg", "a/._0.cls", "a/0.cls", ".hidden", "b.c/1.x.jpg"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    assert list(Shards(tmp_path / "x.tar")) == [
+        {"__key__": "a/0", "jpg": b"", "cls": b""},
+        {"__key__": "b.c/1", "x.jpg": b""},
+    ]
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        for name in ("0.jpg", "0.cls", "0.JPG"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"y.tar: the sample '0' has 'jpg' twice"):
+        list(Shards(tmp_path / "y.tar"))
+
+
 def test_bad_shards(shards: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no shards"):
         Shards([])

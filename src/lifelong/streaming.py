@@ -88,10 +88,11 @@ class Shards:
     """Samples of tar files as WebDataset lays them out, from the first file to the last.
 
     Files that stand one after another and share a name up to its first dot are a sample: a dict of
-    its extensions in small letters to bytes, and ``__key__``. Nothing is unpacked to a disk; a file
-    may be compressed. Raises ValueError for no paths, while reading for a file that is no tar or
-    ends within a sample's bytes (a cut between two files shows in ``Stream``'s length alone),
-    FileNotFoundError for one that is missing.
+    its extensions in small letters to bytes, and ``__key__``; those without a name before the dot
+    (``._0001.jpg``) or without a dot (``README``) belong to none. Nothing is unpacked to a disk; a
+    file may be compressed. Raises ValueError for no paths, while reading for a sample that has an
+    extension twice, and for a file that is no tar or ends within a sample's bytes (a cut between
+    two files shows in ``Stream``'s length alone), FileNotFoundError for one that is missing.
     """
 
     def __init__(self, paths: str | Path | Sequence[str | Path]) -> None:
@@ -103,12 +104,12 @@ class Shards:
         for path in self.paths:
             try:
                 with tarfile.open(path, "r|*") as tar:
-                    yield from _samples(tar)
+                    yield from _samples(tar, path)
             except (tarfile.TarError, EOFError) as error:
                 raise ValueError(f"{path} is no tar file, or a damaged one ({error})") from error
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+def _samples(tar: tarfile.TarFile, path: str | Path) -> Iterator[dict[str, Any]]:
     sample: dict[str, Any] = {}
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # else a record of each file stays
@@ -116,12 +117,16 @@ def _samples(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
         if file is None:
             continue
         folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        key = folder + slash + stem
+        stem, dot, extension = name.partition(".")
+        if not stem or not dot:
+            continue
+        key, extension = folder + slash + stem, extension.lower()
         if sample and sample["__key__"] != key:
             yield sample
             sample = {}
+        if extension in sample:
+            raise ValueError(f"{path}: the sample {key!r} has {extension!r} twice; name each once")
         sample["__key__"] = key
-        sample[extension.lower()] = file.read()
+        sample[extension] = file.read()
     if sample:
         yield sample
