@@ -172,7 +172,7 @@ def test_slices_keep_ids_head_and_transform() -> None:
 
 def test_one_example_is_transformed() -> None:
     data = Examples(X, Y, transform=lambda x: -x)  # type: ignore[operator]
-    for index in (3, -4):
+    for index in (3, -4, np.int64(3), torch.tensor(-4)):
         x, y = data[index]
         assert torch.equal(x, -X[3])
         assert int(y) == int(Y[3])
@@ -273,8 +273,9 @@ def test_shuffled_loader_over_equal_examples() -> None:
         lambda: Examples(X, Y, transform=lambda x: x.flip(-1)),  # type: ignore[union-attr]
         lambda: DataLoader(Pairs(lambda x: 2 * x), batch_size=3),
         lambda: DataLoader(Pairs(), batch_size=3, sampler=range(N - 1, -1, -1)),
+        lambda: TensorDataset((X - 3).log(), Y),  # of which other errors tell
     ],
-    ids=["transform", "loader", "fixed order"],
+    ids=["transform", "loader", "fixed order", "NaN"],
 )
 def test_deterministic_data_pass(make: Callable[[], Any]) -> None:
     require_repeatable(make())

@@ -84,6 +84,8 @@ class Examples(Dataset):
 
     def __getitem__(self, index: Any) -> Any:
         """One (input, label) pair for an int; ``Examples`` for a slice or an index tensor."""
+        if getattr(index, "ndim", None) == 0:  # numpy's integers, as ``Subset`` passes them on
+            index = int(index)
         if isinstance(index, int):
             index = range(len(self))[index]  # negative indices, and IndexError where it ends
             batch = self.batch(torch.tensor([index]))
@@ -406,4 +408,6 @@ def require_repeatable(data: Data) -> None:
 def _equal(a: Inputs, b: Inputs) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return a.shape == b.shape and bool(torch.equal(a, b))  # type: ignore[union-attr]
+    if a.shape != b.shape:  # type: ignore[union-attr]
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())  # type: ignore[union-attr]  # NaN is NaN
