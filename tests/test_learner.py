@@ -591,6 +591,15 @@ def test_a_stream_without_tests_has_no_matrix():
         learner("ewc").run(split_by_class(clouds(), classes_per_task=2))
 
 
+def test_wrong_test_examples_show_before_training():
+    first, *_ = stream()
+    one = learner("ewc")
+    before = snapshot(one)
+    with pytest.raises(ValueError, match="has 6 outputs"):
+        one.run([replace(first, test=replace(first.test, labels=first.test.labels + 9, head=None))])
+    unchanged(one, before)
+
+
 def test_a_folder_that_cannot_be_written_shows_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     one = learner("ewc")

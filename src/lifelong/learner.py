@@ -417,6 +417,7 @@ class Learner:
             seen.append(task)
             if index < len(self.accuracy):
                 continue
+            self._require_labels(task.test)  # told before the training that it would test
             self.learn(task, on_epoch=saved)
             tested = seen if following is None else [*seen, following]
             self.accuracy.append([self.test(old, i).accuracy for i, old in enumerate(tested)])
