@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import lifelong
-from lifelong import Categorical, Examples, Learner, PathIntegral, Prior, Task
+from lifelong import (
+    Bernoulli,
+    Categorical,
+    Examples,
+    Gaussian,
+    Learner,
+    PathIntegral,
+    Prior,
+    Task,
+)
 from lifelong.data import shard
 from lifelong.distributed import Ranks
 from lifelong.learner import CHECKPOINT, adam
@@ -168,6 +177,23 @@ def dtypes(rank: int, size: int, out: Path) -> Any:
     return [[(x.dtype, x.tolist()) for x in found] for found in (gathered, summed)]
 
 
+LIKELIHOODS = [Categorical(), Bernoulli(), Gaussian()]
+
+
+def tested(likelihood: Any, data: Examples, part: Callable[[Examples], Any]) -> dict[str, Any]:
+    if not isinstance(likelihood, Categorical):
+        data = replace(data, labels=nn.functional.one_hot(data.labels, CLASSES).double())
+    return asdict(lifelong.evaluate(network(), part(data), likelihood, batch_size=7))
+
+
+def evaluations(rank: int, size: int, out: Path) -> Any:
+    return [
+        tested(likelihood, task(0), lambda data, s=sizes: shard(parts_of(data, s, rank)))
+        for likelihood in LIKELIHOODS
+        for sizes in SPLITS[size]
+    ]
+
+
 def mistakes(rank: int, size: int, out: Path) -> Any:
     ranks, model = Ranks(), network()
     data = parts_of(task(0), [15, 15], rank)
@@ -269,6 +295,7 @@ JOBS: dict[int, dict[str, Callable[[int, int, Path], Any]]] = {
         "learners": learners,
         "mistakes": mistakes,
         "dtypes": dtypes,
+        "evaluations": evaluations,
         "loop": user_loop,
         "saved": saved,
     },
@@ -396,6 +423,14 @@ def test_mistakes_are_told_on_every_rank(on_ranks: Any) -> None:
         }.items():
             assert told[name].startswith(message), (rank, name, told[name])
         assert alone == (15 if rank == 0 else None)
+
+
+def test_an_evaluation_of_shards_is_of_all_examples(on_ranks: Any) -> None:
+    """Also where a rank has none."""
+    expected = [tested(one, task(0), lambda data: data) for one in LIKELIHOODS for _ in SPLITS[2]]
+    for by_rank in on_ranks(2)[1]:
+        for found, whole in zip(by_rank["evaluations"], expected, strict=True):
+            assert found == pytest.approx(whole, rel=1e-12, nan_ok=True)
 
 
 def test_rows_and_sums_of_any_dtype(on_ranks: Any) -> None:

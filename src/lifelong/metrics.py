@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .data import BATCH_SIZE, Data, batches, head_mask, head_of
+from .data import BATCH_SIZE, Data, Shard, batches, head_mask, head_of
 from .likelihoods import Bernoulli, Categorical, Likelihood
 from .models import Inputs, evaluating, forward, move, require_finite, rows, take
 from .notebook import table
@@ -213,7 +213,8 @@ def evaluate(
 
     head: the output units that compete, by default the one that the data carry. Batches are
     moved to the device of the model. The result does not depend on ``batch_size`` (but for
-    rounding, and for models whose outputs depend on the batch).
+    rounding, and for models whose outputs depend on the batch). Of a ``Shard`` every rank gets
+    that of all examples.
 
     Raises ValueError where there are no examples or labels lie outside of the outputs or of the
     head, NonFiniteError where an output is NaN or infinite.
@@ -247,6 +248,12 @@ def evaluate(
             if isinstance(likelihood, Categorical | Bernoulli):
                 correct += float(right.sum())
                 bins = bins.add(confidence, right)
+    if isinstance(data, Shard):
+        sums = torch.tensor([nll, squared, correct, n, num_predictions], dtype=torch.float64)
+        held = [sums, bins.count, bins.confidence, bins.right]
+        sums, *parts = (t.cpu() for t in data.sum([t.to(device or "cpu") for t in held]))
+        (nll, squared, correct), (n, num_predictions) = sums[:3].tolist(), sums[3:].long().tolist()
+        bins = CalibrationBins(*parts)
     if isinstance(likelihood, Categorical | Bernoulli):
         return Evaluation(
             accuracy=correct / num_predictions,
