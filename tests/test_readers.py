@@ -53,6 +53,22 @@ def grey_file(path: Path) -> Path:
 
 
 class TestParquetImages:
+    def test_of_any_name(self, tmp_path: Path) -> None:
+        expected = load(grey_file(tmp_path / "a.parquet"))
+        for name, column in {"b": cells(GREY), "c": [png(image) for image in GREY]}.items():
+            path = write(tmp_path / f"{name}.parquet", {"photo": column, "label": LABELS})
+            data = load(path, columns=("photo", "label"))
+            assert torch.equal(torch.as_tensor(data.inputs), torch.as_tensor(expected.inputs))
+        table = FakeDataset({"photo": cells(GREY), "label": LABELS.tolist()})
+        data = load(table, columns=("photo", "label"))
+        assert torch.equal(torch.as_tensor(data.inputs), torch.as_tensor(expected.inputs))
+
+    def test_numbers_are_no_image(self, tmp_path: Path) -> None:
+        columns = {"image": GREY.reshape(len(GREY), -1).tolist(), "label": LABELS.tolist()}
+        for source in (write(tmp_path / "a.parquet", columns), FakeDataset(columns)):
+            with pytest.raises(ValueError, match="row 0: expected an encoded image, got a list"):
+                load(source)
+
     def test_grey(self, tmp_path: Path) -> None:
         data = load(grey_file(tmp_path / "a-train.parquet"))
         expected = torch.from_numpy(GREY).unsqueeze(1).float() / 255

@@ -63,8 +63,8 @@ def load(
     another; a folder of Parquet files named by split, or torchvision's root with raw MNIST files;
     a Hugging Face ``Dataset`` or ``DatasetDict``; a pair of arrays (inputs, labels).
     split: which part of a folder, an .npz file or a ``DatasetDict``.
-    columns: (inputs, label); inputs is an image column, or one or more numeric columns. By default
-    the image column if there is one, else all columns but the label's.
+    columns: (inputs, label); inputs is a column of encoded images, or one or more numeric columns.
+    By default one with an image's name (``IMAGE_COLUMNS``), else all columns but the label's.
     mode: "L" for grey, "RGB" for colour; by default grey where every image is. size: (H, W) to
     shrink or stretch encoded images to (box filter); without it all must have one size.
     dtype: torch.uint8 keeps encoded images as they are, 0 to 255, in a quarter of the memory.
@@ -261,7 +261,9 @@ class _Decoding(NamedTuple):
 def _load_parquet(paths: Sequence[Path], columns: Columns | None, how: _Decoding) -> Examples:
     files = [_parquet_file(_existing(path)) for path in paths]
     what = ", ".join(path.name for path in paths)
-    parts = _choose_columns(files[0].schema_arrow.names, columns, what)
+    schema = files[0].schema_arrow
+    encoded = {f.name for f in schema if str(f.type).startswith(("struct", "binary", "large_bin"))}
+    parts = _choose_columns(schema.names, columns, what, encoded)
     for path, file in zip(paths, files, strict=True):
         absent = [c for c in (*parts.inputs, parts.label) if c not in file.schema_arrow.names]
         if absent:
@@ -355,14 +357,18 @@ def _side_by_side(blocks: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def _choose_columns(names: Sequence[str], columns: Columns | None, what: str) -> _Parts:
+def _choose_columns(
+    names: Sequence[str], columns: Columns | None, what: str, encoded: Container[str]
+) -> _Parts:
+    """encoded: columns that hold no numbers, which are images."""
     if columns is not None:
         inputs = [columns[0]] if isinstance(columns[0], str) else list(columns[0])
         label = columns[1]
         absent = [c for c in (*inputs, label) if c not in names]
         if absent or not inputs:
             raise ValueError(f"{what}: no columns {absent}; the columns are {list(names)}")
-        return _Parts(inputs, label, len(inputs) == 1 and inputs[0] in IMAGE_COLUMNS)
+        image = inputs[0] in IMAGE_COLUMNS or inputs[0] in encoded
+        return _Parts(inputs, label, len(inputs) == 1 and image)
     label = _choose(names, LABEL_COLUMNS)
     if label is None:
         raise ValueError(
@@ -431,6 +437,11 @@ def _decode_one(where: str, item: Any, mode: Mode | None, size: Size | None) -> 
         item = item.get("bytes")
     if item is None:
         raise ValueError(f"{where}: no image bytes; embed the images in the file")
+    if not _is_encoded(item):
+        raise ValueError(
+            f"{where}: expected an encoded image, got a {type(item).__name__}; give numbers as "
+            "arrays, load((inputs, labels)), or name their column otherwise"
+        )
     try:
         image = Image.open(io.BytesIO(item)) if isinstance(item, bytes) else item
         if image.mode.startswith(("I", "F")):
@@ -444,6 +455,11 @@ def _decode_one(where: str, item: Any, mode: Mode | None, size: Size | None) -> 
     # Pillow's decoders raise these for broken files.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"{where}: the image cannot be decoded ({error})") from error
+
+
+def _is_encoded(item: Any) -> bool:
+    """An image's bytes, Hugging Face's dict of them, or Pillow's own."""
+    return isinstance(item, bytes | Mapping) or hasattr(item, "getbands")
 
 
 def _differ(where: str, image: np.ndarray, first: np.ndarray) -> str:
@@ -461,7 +477,9 @@ def _is_dataset(source: Any) -> bool:
 
 
 def _load_dataset(source: Any, columns: Columns | None, how: _Decoding) -> Examples:
-    parts = _choose_columns(source.column_names, columns, "the dataset")
+    first = source[0:1] if len(source) else {}
+    encoded = {name for name, values in first.items() if _is_encoded(values[0])}
+    parts = _choose_columns(source.column_names, columns, "the dataset", encoded)
 
     def blocks() -> Iterator[_Block]:
         for start in range(0, len(source), _CHUNK):
