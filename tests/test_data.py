@@ -11,8 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
+import lifelong
 from lifelong.data import (
     Examples,
     among,
@@ -136,6 +143,22 @@ def test_batches_cover_every_example_once(n: int, batch_size: int) -> None:
 )
 def test_examples_are_counted_as_they_are_read(loader: DataLoader, n: int) -> None:
     assert num_examples(loader) == sum(len(b.labels) for b in batches(loader)) == n
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (DataLoader(lifelong.Stream(lambda: zip(X, Y, strict=True), length=N + 1), batch_size=3),
+         "the stream says that it has 8 examples, and gave 7; pass its true length"),
+        (DataLoader(Pairs(), batch_size=3, collate_fn=lambda items: default_collate(items[:2])),
+         "the loader says that it has 7 examples, and gave 5; pass a collate_fn"),
+    ],
+)  # fmt: skip
+def test_a_loader_gives_as_many_examples_as_it_says(loader: DataLoader, message: str) -> None:
+    """By that number losses are divided, and N is what a prior stands for."""
+    assert num_examples(loader) != sum(len(labels) for _, labels in loader)
+    with pytest.raises(ValueError, match=message):
+        list(batches(loader))
 
 
 def test_reading_leaves_the_random_state() -> None:

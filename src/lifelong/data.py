@@ -229,8 +229,8 @@ def among(ids: Tensor, known: Tensor) -> Tensor:
 def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
     """The data once, in order, as ``Batch``; the last one may be smaller.
 
-    Raises ValueError where there is not one example, or another number than a stream says,
-    TypeError where the data are not read so.
+    Raises ValueError where there is not one example, or another number than a stream or loader
+    says, TypeError where the data are not read so.
     """
     data = as_data(data)
     if isinstance(data, Shard):
@@ -248,10 +248,13 @@ def batches(data: Data, batch_size: int = BATCH_SIZE) -> Iterator[Batch]:
         start += n
     if start == 0:
         raise ValueError("the data hold no examples; pass a task with at least one")
-    said = _length(data) if _is_stream(data) else None
+    said = num_known(data)
     if said is not None and said != start:
+        what, how = "stream", "its true length"
+        if isinstance(data, DataLoader) and not _is_stream(data.dataset):
+            what, how = "loader", "a collate_fn that neither drops nor adds examples"
         raise ValueError(
-            f"the stream says that it has {said} examples, and gave {start}; pass its true length"
+            f"the {what} says that it has {said} examples, and gave {start}; pass {how}"
         )
 
 
