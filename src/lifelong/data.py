@@ -413,4 +413,5 @@ def _equal(a: Inputs, b: Inputs) -> bool:
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if a.shape != b.shape:  # type: ignore[union-attr]
         return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())  # type: ignore[union-attr]  # NaN is NaN
+    same = torch.equal(a, b)  # type: ignore[arg-type]
+    return same or bool(((a == b) | ((a != a) & (b != b))).all())  # type: ignore[union-attr]  # NaN is NaN
