@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,10 +305,37 @@ def test_a_strength_that_was_found_is_the_one_that_is_given() -> None:
     assert laws.identical(found, given, laws.moved(model)) < 1e-12
 
 
+@pytest.mark.parametrize("make", [lifelong.recommended, lifelong.gradient_reconstruction])
+def test_a_margin_multiplies_what_was_found_and_nothing_else(make: Any) -> None:
+    model, moved = fitted(net(), task(0), Categorical()), None
+    plain, wider = (make(Categorical(), memory=4, margin=m) for m in (1.0, 3.0))
+    for data in (task(0), task(1)):
+        model = fitted(model, data, Categorical())
+        plain, wider = (
+            p.update(model, data, generator=torch.Generator().manual_seed(0))
+            for p in (plain, wider)
+        )
+    assert wider.strengths == tuple(3.0 * s for s in plain.strengths)
+    moved = laws.moved(model)
+    memory = [replace(p, terms=tuple(t for t in p.terms if isinstance(t, MemoryTerm)))
+              for p in (plain, wider)]  # fmt: skip
+    assert torch.equal(memory[0](moved), memory[1](moved))
+    torch.testing.assert_close(wider.weight_space(moved), 3.0 * plain.weight_space(moved))
+
+
+def test_a_margin_is_of_a_strength_that_was_found() -> None:
+    with pytest.raises(ValueError, match=r'expected strength="auto" with a margin of 2.0, got 1.0'):
+        Recipe(structure="diagonal", margin=2.0)
+    with pytest.raises(ValueError, match="margin must be finite and not negative, got -1"):
+        Recipe(structure="diagonal", strength="auto", margin=-1)
+
+
 def test_what_leaves_the_curvature_went_in_as_strongly() -> None:
     likelihood, data = Categorical(), task()
     model = fitted(net(), data, likelihood)
-    prior = lifelong.online_laplace(likelihood, strength="auto", precision=1e-3)
+    prior = lifelong.gradient_reconstruction(
+        likelihood, memory=0, strength="auto", margin=2.0, precision=1e-3
+    )
     after = prior.update(model, data)
     assert after.strengths[0] > 1
     for which in ({"task": 0}, {}):

@@ -596,7 +596,7 @@ class Prior:
             g = recall.gradient(past.terms, recipe, over, held=held, kept=kept)
             shares = removal.grouped(
                 past.terms,
-                recipe if strength is None else replace(recipe, strength=strength),
+                recipe if strength is None else recipe.with_strength(strength),
                 over,
                 groups,
                 held=held,

@@ -262,10 +262,10 @@ def curvature(
     excluded = kept.origin if kept is not None and leaves_out else None
     weights = thinned(over.data, recipe.curvature_examples, excluded, over.generator)
     if recipe.strength == "auto":
-        plain = replace(recipe, strength=1.0)
+        plain = recipe.with_strength(1.0)
         new = fit_curvature(plain, over, weights=weights, exclude=excluded)
-        found = _find_strength(terms, recipe, over, new, kept, excluded, weights)
-        new, recipe = new * found, replace(recipe, strength=found)
+        found = recipe.margin * _find_strength(terms, recipe, over, new, kept, excluded, weights)
+        new, recipe = new * found, recipe.with_strength(found)
     else:
         new = fit_curvature(recipe, over, weights=weights, exclude=excluded)
     parts = [new] if old is None else [old, new]
@@ -347,7 +347,7 @@ def evicted_curvature(
     for group, head in by_head(items):  # not by task: a G for each would be held at once
         of_group = replace(over, data=(group.inputs, group.labels), head=head)
         weights = each_of(strengths, group).double() * each_of(beliefs, group).double()
-        new = fit_curvature(replace(recipe, strength=1.0), of_group, weights=weights)
+        new = fit_curvature(recipe.with_strength(1.0), of_group, weights=weights)
         total = new if total is None else total + new
     return total
 

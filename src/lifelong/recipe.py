@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -68,6 +68,9 @@ class Recipe:
         strength: multiplies the curvature of each new task (EWC's lambda). "auto" chooses it for
             each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not
             for "path" or with a kernel.
+        margin: multiplies a strength that "auto" found. That is of a way back, and the next task
+            takes the way that the prior lets through: where G is an approximation, the past
+            loses more there than G says.
         discount: multiplies the whole past before a new task is added (online EWC's gamma).
         curvature_examples: how many examples of a task are read for its G and for a strength of
             "auto": that many of those not kept, drawn at random, each for N / n of them. Unbiased,
@@ -125,6 +128,7 @@ class Recipe:
     estimator: Estimator = "exact"
     merge: bool = True
     strength: float | Auto = 1.0
+    margin: float = 1.0
     discount: float = 1.0
     exclude_memory: bool = True
     curvature_examples: int | None = None
@@ -172,8 +176,13 @@ class Recipe:
             )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        for name in ("soft", "hard", "distil", "jitter"):
+        for name in ("soft", "hard", "distil", "jitter", "margin"):
             require_strength(name, getattr(self, name))
+        if self.margin != 1 and self.strength != "auto":
+            raise ValueError(
+                f'a margin is of a strength that was found: expected strength="auto" with a margin '
+                f"of {self.margin}, got {self.strength}; multiply the strength instead"
+            )
         if self.strength != "auto" or self.structure == "path" or self.kernel is not None:
             require_strength("strength", self.strength)
         for name in ("path_damping", "kernel_precision", "compact_damping"):
@@ -224,6 +233,10 @@ class Recipe:
         """Whether the items are drawn at random, as many of each class, so that an item stands for
         a share of its own class alone."""
         return self.score == "random" and self.per_class
+
+    def with_strength(self, strength: float) -> Recipe:
+        """With a number in place of "auto", and of its margin."""
+        return replace(self, strength=strength, margin=1.0)
 
     def carry(self, precision: float = 1.0) -> Carry:
         """How a task's examples are carried, for the curve of fidelity against memory.

@@ -650,7 +650,7 @@ def _of_task(
             "so how much these examples said depends on their task; say which by task="
         )
     strength, belief = found[task or 0] if found else (1.0, 1.0)
-    return replace(recipe, strength=strength), belief
+    return recipe.with_strength(strength), belief
 
 
 def _in_gradient(items: Memory, beliefs: tuple[float, ...]) -> Tensor:
