@@ -661,6 +661,25 @@ def test_what_groups_cannot_do():
             kept.forget(model, where=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("groups", [[], [0.7], [True], torch.tensor([])])
+def test_a_group_is_named_by_its_number(groups: Any) -> None:
+    """Nothing that is no number of a group stands for one, nor for all."""
+    case = NETWORKS["mlp Categorical"]
+    model, data = case.make_model(0), case.data[0]
+    after = lifelong.kprior(case.likelihood, memory=4).update(model, data, groups=of(data))
+    with laws.untouched(model), pytest.raises(ValueError, match="expected the numbers of the gro"):
+        after.forget(model, groups=groups)
+
+
+def test_ids_are_no_mask():
+    case = NETWORKS["mlp Categorical"]
+    model, data = case.make_model(0), case.data[0]
+    after = lifelong.kprior(case.likelihood, memory=4).update(model, data)
+    for wrong in (after.memory.labels == 1, after.memory.origin.double()):  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="ids are integers, got"):
+            after.forget(model, ids=wrong)
+
+
 def test_groups_as_values():
     empty = Groups.from_state_dict({"shares": [], "members": torch.empty(0, 3).long()})
     assert empty.known == set()

@@ -798,9 +798,10 @@ class Prior:
         Raises ValueError where all are; for examples that are neither given nor remembered; where
         ``task`` does not say which, for ids that are remembered of several tasks or with other
         inputs or labels than those given, and for data not in memory where the tasks' ``strengths``
-        or ``beliefs`` differ; for a task that was not learned, for groups that are not known (so
-        also for one forgotten twice), for priors that mix their examples (kernels, path integrals)
-        or their anchors (sums; offline EWC of several tasks), and where G would turn indefinite.
+        or ``beliefs`` differ; for ids or groups that are no integers, no group at all, a task that
+        was not learned, groups that are not known (so also for one forgotten twice), for priors
+        that mix their examples (kernels, path integrals) or their anchors (sums; offline EWC of
+        several tasks), and where G would turn indefinite.
         """
         found = self._removal(
             model,

@@ -117,6 +117,11 @@ def forget(
         given = _ids(over)
     elif ids is None and task is None and where is None and groups is None:
         raise ValueError("say which examples to forget: pass data, ids, where, task or groups")
+    if ids is not None and ids.numel() and not _are_integers(ids):
+        raise ValueError(
+            f"ids are integers, got {ids.dtype}; for a mask over the memory pass where=lambda "
+            "memory: mask, or the ids themselves, memory.origin[mask]"
+        )
     ids = None if ids is None else ids.cpu()
     wanted = given if ids is None and over is not None else ids
     kept_terms: list[Any] = []
@@ -469,7 +474,7 @@ def grouped(
 
 def _require_groups(groups: Tensor, count: int) -> Tensor:
     groups = torch.as_tensor(groups)
-    if groups.shape != (count,) or groups.is_floating_point() or groups.dtype == torch.bool:
+    if groups.shape != (count,) or not _are_integers(groups):
         raise ValueError(
             f"groups must be one integer for each of the {count} examples, got "
             f"{groups.dtype} of shape {tuple(groups.shape)}"
@@ -477,6 +482,10 @@ def _require_groups(groups: Tensor, count: int) -> Tensor:
     if count and int(groups.min()) < -1:
         raise ValueError(f"groups count from 0, and -1 is none; got {int(groups.min())}")
     return groups.to("cpu", torch.int64)
+
+
+def _are_integers(numbers: Tensor) -> bool:
+    return numbers.dtype != torch.bool and torch.can_cast(numbers.dtype, torch.int64)
 
 
 def _shares(
@@ -572,7 +581,12 @@ def _whole_groups(
             "a group's share is one sum, so a group is forgotten as a whole: expected groups "
             "alone; for some of its examples pass data and groups, the group of each"
         )
-    wanted = {int(k) for k in groups.flatten().tolist()}
+    if not groups.numel() or not _are_integers(groups):
+        raise ValueError(
+            "expected the numbers of the groups to forget, such as groups=[3], got "
+            f"{groups.numel()} of {groups.dtype}"
+        )
+    wanted = set(groups.flatten().tolist())
     known = set() if shares is None else shares.known
     if wanted - known:
         raise ValueError(
