@@ -317,6 +317,33 @@ def test_an_id_counts_within_its_task() -> None:
     assert laws.distance(laws.weights(laws.minimum(model, left)), laws.weights(batch)) < 1e-9
 
 
+@pytest.mark.parametrize("task", [None, 0])
+def test_an_id_is_no_proof_of_an_example(task: int | None) -> None:
+    """Other people's examples that were given these ids: one task, or one that is named."""
+    case = GLMS["multinomial"]
+    prior = Prior(case.likelihood, KEEPS_SOME, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data, generator=torch.Generator().manual_seed(0))
+    others = replace(data[10:], ids=torch.arange(len(data) - 10))
+    with laws.untouched(model), pytest.raises(ValueError, match="with other inputs or labels"):
+        after.forget(model, others, task=task)
+    place = laws.moved(model, by=0.2, seed=4)
+    turned = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))]
+    for size in (3, 512):  # in any order, in any batches
+        left = after.forget(model, turned, task=task, batch_size=size)
+        torch.testing.assert_close(left(place), prior(place))
+
+
+def test_an_example_leaves_once() -> None:
+    case = GLMS["multinomial"]
+    prior = Prior(case.likelihood, KEEPS_SOME, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data, generator=torch.Generator().manual_seed(0))
+    twice = data[torch.tensor([3, 7, 3])]
+    with laws.untouched(model), pytest.raises(ValueError, match=r"ids \[3\] are given twice"):
+        after.forget(model, twice)
+
+
 def test_the_same_examples_need_no_task() -> None:
     """Inputs and labels tell as well; also in a dict, and in another dtype."""
     model, prior = two_tasks(KEEPS_SOME)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, Kronecker, LowRank
-from .data import BATCH_SIZE, Examples, as_data, batches, head_mask
+from .data import BATCH_SIZE, Examples, among, as_data, batches, head_mask
 from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
 from .jacobians import differentiating, residual
@@ -34,6 +34,7 @@ from .models import (
     match,
     move,
     parameters,
+    read,
     take,
 )
 from .recall import Pass, Terms, by_head, each_of, evicted_curvature, fit_curvature, plus
@@ -114,7 +115,7 @@ def forget(
     if over is not None:
         if where is not None:
             raise ValueError("where looks at the memory; with data say which by ids=")
-        given = _ids(over)
+        given = _once(_ids(over))
     elif ids is None and task is None and where is None and groups is None:
         raise ValueError("say which examples to forget: pass data, ids, where, task or groups")
     if ids is not None and ids.numel() and not _are_integers(ids):
@@ -140,11 +141,11 @@ def forget(
             "the memory holds these ids of several tasks; say which by task=, or give the "
             "examples of each task ids of their own"
         )
-    several = task is None and len(beliefs) > 1
-    if several and over is not None and not _are_the_given(gone, over):
+    if over is not None and not _are_the_given(gone, over, given):
         raise ValueError(
-            "some of these ids are remembered with other inputs or labels than those given: an id "
-            "counts within its task, so say of which task the data are by task="
+            "some of these ids are remembered with other inputs or labels than those given: pass "
+            "the examples with the ids, inputs and labels that they have in memory; an id counts "
+            "within its task, so of several tasks say of which task the data are by task="
         )
     if over is None and whole is None and not len(in_memory):
         raise ValueError(
@@ -234,9 +235,7 @@ def relabel(
     """
     weight = next((t for t in terms if isinstance(t, WeightTerm)), None)
     _require_labels_apart(recipe, weight, beliefs)
-    ids = _ids(over)
-    if len(set(ids.tolist())) < len(ids):
-        raise ValueError("each example may be given once; some of these ids are given twice")
+    ids = _once(_ids(over))
     if len(labels) != len(ids):
         raise ValueError(f"expected a label for each of the {len(ids)} examples, got {len(labels)}")
     place = {i: n for n, i in enumerate(ids.tolist())}
@@ -253,7 +252,7 @@ def relabel(
         kept_terms.append(term)
     if task is None and _of_several_tasks(old):
         raise ValueError("the memory holds these ids of several tasks; say which by task=")
-    if not _are_the_given(old, over):
+    if not _are_the_given(old, over, ids):
         raise ValueError(
             "some of these ids are remembered with other inputs or labels than those given: pass "
             "the examples as they were learned, with the labels that they had, and their task"
@@ -626,17 +625,38 @@ def _of_several_tasks(gone: list[Memory]) -> bool:
     return len({origin for origin, _ in pairs}) < len(pairs)
 
 
-def _are_the_given(gone: list[Memory], over: Pass) -> bool:
-    """Whether the items hold the inputs and labels that the data have under the same ids."""
-    for batch in batches(over.data, over.batch_size):
-        place = {i: n for n, i in enumerate(batch.ids.tolist())}
-        for memory in gone:
-            pairs = [(n, place[i]) for n, i in enumerate(memory.origin.tolist()) if i in place]
-            mine, theirs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-            if not _equal(take(memory.inputs, mine), take(batch.inputs, theirs)):
+def _once(ids: Tensor) -> Tensor:
+    """The ids; ValueError where one is given twice, since its example would leave twice."""
+    values, counts = ids.unique(return_counts=True)
+    if bool((counts > 1).any()):
+        raise ValueError(
+            "each example may be given once, and of examples of several tasks under one id those "
+            f"of a task at a time; ids {values[counts > 1][:10].tolist()} are given twice"
+        )
+    return ids
+
+
+def _are_the_given(gone: list[Memory], over: Pass, ids: Tensor) -> bool:
+    """Whether the items hold the inputs and labels that the data have under the same ids, which
+    are ``ids`` in the order of the data."""
+    ordered, place = ids.sort()
+    found: list[tuple[Memory, Tensor]] = []  # items in the order of the data, and their places
+    for memory in gone:
+        origin = memory.origin.cpu()
+        index = among(origin, ordered).nonzero().squeeze(1)
+        places, order = place[torch.searchsorted(ordered, origin[index])].sort()
+        found += [(memory[index[order]], places)] if len(index) else []
+    start = 0
+    for batch in batches(over.data, over.batch_size) if found else ():
+        stop = start + len(batch.labels)
+        for memory, places in found:
+            low, high = torch.searchsorted(places, torch.tensor([start, stop])).tolist()
+            mine, theirs = memory[slice(low, high)], places[low:high] - start
+            if not _equal(read(mine.inputs), take(batch.inputs, theirs)):
                 return False
-            if not _equal(memory.labels[mine], batch.labels[theirs]):
+            if not _equal(mine.labels, batch.labels[theirs]):
                 return False
+        start = stop
     return True
 
 
