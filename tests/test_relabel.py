@@ -302,6 +302,28 @@ def test_priors_that_cannot(preset: str, match: str) -> None:
         prior.relabel(model, data[:2], data.labels[:2])
 
 
+def test_labels_are_as_those_that_were_learned() -> None:
+    """Neither spread over outputs nor rounded to a class."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    pairs = Examples(x, torch.randn(6, 2, generator=generator, dtype=torch.float64))
+    classes = Examples(x, torch.tensor([0, 1, 0, 1, 0, 1]))
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    for likelihood, data, bad in (
+        (lifelong.Gaussian(), pairs, torch.tensor([5.0, 7.0])),
+        (lifelong.Gaussian(), pairs, torch.zeros(2, 1)),
+        (lifelong.Gaussian(), pairs, torch.zeros(2, 3)),
+        (lifelong.Categorical(), classes, torch.tensor([1.5, 1.0])),
+        (lifelong.Categorical(), classes, torch.tensor([[0], [1]])),
+    ):
+        for memory in (0, None):
+            recipe = Recipe("t", structure="diagonal", memory=memory)
+            after = Prior(likelihood, recipe, (Regulariser(0.5),)).update(model, data)
+            with laws.untouched(model), pytest.raises(ValueError, match="that the examples had"):
+                after.relabel(model, data[:2], bad)
+
+
 def test_what_does_not_fit() -> None:
     case = NETWORKS["mlp Categorical"]
     model, data = case.make_model(0), case.data[0]

@@ -238,6 +238,7 @@ def relabel(
     ids = _once(_ids(over))
     if len(labels) != len(ids):
         raise ValueError(f"expected a label for each of the {len(ids)} examples, got {len(labels)}")
+    _require_alike(labels, next(batches(over.data, over.batch_size)).labels)
     place = {i: n for n, i in enumerate(ids.tolist())}
     old, new, kept_terms = [], [], []
     for term in terms:
@@ -306,6 +307,15 @@ def _learned(over: Pass, data: Examples, task: int, belief: float) -> Memory:
     f = reference_outputs(over.model, batch.inputs, over.batch_size)
     over.likelihood.validate(f, batch.labels, head_mask(over.head, f.shape[1], f.device))
     return remember(batch, f, head=over.head, task=task).weighted(0.0, belief)
+
+
+def _require_alike(labels: Tensor, old: Tensor) -> None:
+    """Raise ValueError for labels of another shape than the old ones, or numbers for classes."""
+    if labels.shape[1:] != old.shape[1:] or not torch.can_cast(labels.dtype, old.dtype):
+        raise ValueError(
+            f"expected labels as those that the examples had, {old.dtype} of shape "
+            f"{('N', *old.shape[1:])}, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
 
 
 def _by_label(memory: Memory, which: Tensor, labels: Tensor, beliefs: tuple[float, ...]) -> Memory:
