@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lifelong
 from lifelong import Examples, Prior, Recipe, Regulariser, removal
-from lifelong.curvature import estimate
+from lifelong.curvature import Kronecker, estimate
 from lifelong.errors import ClippedWarning, NotHeldWarning
 from lifelong.groups import Groups
 from lifelong.terms import MemoryTerm
@@ -627,6 +629,43 @@ def test_kronecker_factors_are_clipped_to_one_positive_product():
     assert gap < 0.75 * (whole.dense().matrix - part.dense().matrix).norm()
     for n, v in left.diagonal().items():
         assert v.shape == whole.diagonal()[n].shape
+
+
+def difference(seed: int, share: float) -> tuple[Kronecker, Kronecker]:
+    """A Kronecker product of 108 weights with eigenvalues of many sizes; and it, less a share of
+    one in a direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"weight": torch.Size((12, 8)), "bias": torch.Size((12,))}
+
+    def product(columns: int, decay: float) -> Kronecker:
+        rows = (
+            torch.randn(n, columns, generator=generator, dtype=torch.float64)
+            * torch.logspace(0, -decay, n, dtype=torch.float64).unsqueeze(1)
+            for n in (12, 9)
+        )
+        return Kronecker(*((x @ x.T)[None, None] for x in rows), shapes)
+
+    whole = product(24, 3.0)
+    return whole, whole + product(1, 0.0) * -share
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), exponent=st.floats(-5.0, -1.0))
+def test_a_small_negative_eigenvalue_is_found(seed: int, exponent: float) -> None:
+    whole, left = difference(seed, 10.0**exponent)
+    values = torch.linalg.eigvalsh(left.dense().matrix)
+    largest = float(torch.linalg.eigvalsh(whole.dense().matrix)[-1])
+    assume(abs(float(values[0]) + 1e-6 * largest) > 1e-8 * largest)
+    assert removal._is_indefinite(left, beside=whole) == bool(values[0] < -1e-6 * largest)
+
+
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3])
+def test_lanczos_finds_both_ends(share: float) -> None:
+    _, left = difference(0, share)
+    values = torch.linalg.eigvalsh(left.dense().matrix)
+    assert removal._ends(left) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-9)
+    zero = left * 0.0
+    assert removal._ends(zero) == (0.0, 0.0)
 
 
 def test_an_eigenbasis_has_no_positive_part():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import BlockDiagonal, Curvature, Dense, Diagonal, Isotropic, Kronecker, LowRank
+from .curvature.base import flatten, unflatten
 from .data import BATCH_SIZE, Examples, among, as_data, batches, head_mask
 from .errors import NotHeldWarning
 from .groups import NO_MEMBERS, Groups, Share
@@ -44,7 +45,8 @@ from .terms import MemoryTerm, WeightTerm
 OnIndefinite = Literal["raise", "clip"]
 Where = Callable[[Memory], Tensor]
 
-_ITERATIONS = 50  # of the power method
+_WHOLE = 1024  # weights of a block whose eigenvalues are all computed
+_ITERATIONS = 50  # of Lanczos: vectors of a layer's size that are held at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -829,39 +831,39 @@ def _positive_part(curvature: Curvature) -> Curvature:
 def _is_indefinite(curvature: Curvature, beside: Curvature) -> bool:
     """Whether an eigenvalue is negative, beyond rounding in numbers of the size of ``beside``.
 
-    Without the whole matrix: the largest of c I - G by power iteration, c above that of G. What
-    is as close to 0 as the iteration has still to go is taken for positive.
+    Exact for a dense one and up to ``_WHOLE`` weights. A larger one by Lanczos, which finds the
+    outermost eigenvalues first, and may miss one below 0 by a thousandth of the largest.
     """
     diagonal = curvature.diagonal()
     size = sum(v.numel() for v in diagonal.values())
     eps = max(torch.finfo(v.dtype).eps for v in diagonal.values())
-    rounding = max(1e-6, 8 * eps * size**0.5) * abs(_leading(beside.mv, diagonal))
-    if isinstance(curvature, Dense):
-        return bool(torch.linalg.eigvalsh(curvature.matrix)[0] < -rounding)
-    largest = abs(_leading(curvature.mv, diagonal))
-    shifted = _leading(
-        lambda x: plus({n: largest * v for n, v in x.items()}, curvature.mv(x), -1.0), diagonal
-    )
-    return largest - shifted < -rounding
+    rounding = max(1e-6, 8 * eps * size**0.5) * _ends(beside)[1]
+    if isinstance(curvature, Dense) or size <= _WHOLE:
+        return bool(torch.linalg.eigvalsh(curvature.dense().matrix)[0] < -rounding)
+    return _ends(curvature)[0] < -rounding
 
 
-def _leading(product: Callable[[Params], Params], like: Params) -> float:
-    """The eigenvalue of the largest absolute value, by power iteration."""
-    generator = torch.Generator().manual_seed(0)
-    x = {
-        n: torch.randn(v.shape, generator=generator, dtype=v.dtype).to(v.device)
-        for n, v in like.items()
-    }
-    value = 0.0
-    for _ in range(_ITERATIONS):
-        norm = torch.stack([v.square().sum() for v in x.values()]).sum().sqrt()
-        if not bool(norm > 0):
-            return 0.0
-        x = {n: v / norm for n, v in x.items()}
-        y = product(x)
-        value = float(torch.stack([(x[n] * y[n]).sum() for n in x]).sum())
-        x = y
-    return value
+def _ends(curvature: Curvature) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue in the Krylov space of a random vector: Lanczos,
+    each product made orthogonal to all before, twice, as rounding asks (Parlett 1980)."""
+    shapes, generator = curvature.shapes, torch.Generator().manual_seed(0)
+    start = flatten(shapes, curvature.diagonal())
+    x = torch.randn(len(start), generator=generator, dtype=start.dtype).to(start.device)
+    basis = start.new_zeros(min(_ITERATIONS, len(start)), len(start))
+    within = start.new_zeros(len(basis), len(basis))  # the matrix in the basis
+    for k in range(len(basis)):
+        basis[k] = x / x.norm()
+        x = flatten(shapes, curvature.mv(unflatten(shapes, basis[k])))
+        size = x.norm()
+        for _ in range(2):
+            along = basis[: k + 1] @ x
+            within[: k + 1, k] += along
+            x = x - along @ basis[: k + 1]
+        if not bool(x.norm() > torch.finfo(x.dtype).eps * len(x) ** 0.5 * size):
+            within = within[: k + 1, : k + 1]  # nothing new: the space holds its products
+            break
+    values = torch.linalg.eigvalsh(within.double(), UPLO="U")
+    return float(values[0]), float(values[-1])
 
 
 @contextmanager
