@@ -24,6 +24,7 @@ from lifelong.groups import Groups
 from lifelong.terms import MemoryTerm
 from lifelong.testing import cases, laws
 from lifelong.testing.cases import Case, Split
+from lifelong.unlearning import unlearn
 
 GLMS = {c.name: c for c in cases.glms()}
 NETWORKS = {c.name: c for c in cases.networks()}
@@ -629,6 +630,42 @@ def test_kronecker_factors_are_clipped_to_one_positive_product():
     assert gap < 0.75 * (whole.dense().matrix - part.dense().matrix).norm()
     for n, v in left.diagonal().items():
         assert v.shape == whole.diagonal()[n].shape
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "low_rank"])
+def test_a_curvature_does_not_grow_with_removals(structure: Any) -> None:
+    case = NETWORKS["mlp Categorical"]
+    recipe = Recipe("t", structure=structure, rank=5)
+    model, data = case.make_model(0), case.data[0]
+    left = Prior(case.likelihood, recipe, (Regulariser(0.5),)).update(model, data)
+    size = left.weight.curvature.num_bytes  # type: ignore[union-attr]
+    with quiet():
+        for i in range(6):
+            left = left.forget(model, data[i : i + 1], on_indefinite="clip").rebase(model)
+            assert left.weight.curvature.num_bytes <= size  # type: ignore[union-attr]
+    unlearn(model, left, data[6:7], on_indefinite="clip", step=True, method=None)
+    assert bool(laws.weights(model).isfinite().all())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_what_is_left_of_products_has_the_trace_of_the_difference(merge: bool) -> None:
+    """And merged it is positive: the nearest product of a positive matrix is (Van Loan)."""
+    case = NETWORKS["mlp Categorical"]
+    recipe = Recipe("t", structure="kronecker", merge=merge, curvature_examples=None)
+    prior = Prior(case.likelihood, recipe, (Regulariser(0.5),))
+    model, data = case.make_model(0), case.data[0]
+    after = prior.update(model, data)
+    left = after.forget(model, data[:1]).weight
+    whole, part = after.weight, prior.update(model, data[:1]).weight
+    wanted = whole.curvature + part.curvature * -1.0  # type: ignore[union-attr, operator]
+    found = left.curvature  # type: ignore[union-attr]
+    for block, exact in zip(found.blocks, wanted.blocks, strict=True):  # type: ignore[union-attr]
+        a, b = block.dense().matrix, exact.dense().matrix
+        assert block.num_products == 1 or not merge
+        torch.testing.assert_close(a.trace(), b.trace())
+        assert float(torch.linalg.eigvalsh(a)[0]) > -1e-9 * float(a.trace())
+        if not merge:
+            torch.testing.assert_close(a, b)
 
 
 def difference(seed: int, share: float) -> tuple[Kronecker, Kronecker]:

@@ -62,8 +62,8 @@ class Recipe:
             "low_rank" (``rank`` directions a task), "block" (dense by module), "path" (SI's path
             integral) or None for no G. Sums over tasks are exact, directions are kept beside each
             other, but for ``merge``.
-        merge: after each task Kronecker products become one of the same trace, so that bytes and
-            seconds do not grow with the tasks. False keeps one for each task (the exact sum).
+        merge: after each task and removal Kronecker products become one of the same trace, so that
+            bytes and seconds do not grow with them. False keeps one for each (the exact sum).
         estimator: "exact" GGN, "mc" (labels from the model) or "empirical" (true labels).
         strength: multiplies the curvature of each new task (EWC's lambda). "auto" chooses it for
             each task from its data (``lifelong.strength``); ``Prior.strengths`` tells which. Not

@@ -198,7 +198,7 @@ def forget(
         _tell_not_held(not_held, len(in_memory), anything=bool(held), name=recipe.name)
     clipped = 0.0
     if weight is not None:
-        changed, clipped = _without(weight, slopes, leaving, on_indefinite)
+        changed, clipped = _without(weight, slopes, leaving, on_indefinite, recipe.merge)
         memories = [t.memory for t in kept_terms if isinstance(t, MemoryTerm)]
         if changed.groups is not None:
             left = memories[0].add(*memories[1:]) if memories else None
@@ -386,6 +386,7 @@ def _without(
     slopes: list[Params],
     leaving: dict[int, Share],
     on_indefinite: OnIndefinite,
+    merge: bool,
 ) -> tuple[WeightTerm, float]:
     """The weight term less the memory's residuals and these shares, and what was clipped."""
     groups = weight.groups
@@ -410,7 +411,10 @@ def _without(
     out = [s.curvature for s in leaving.values() if s.curvature is not None]
     clipped = 0.0
     if curvature is not None and out:
-        curvature, clipped = _minus(curvature, sum(out[1:], start=out[0]), on_indefinite)
+        whole = sum(out[1:], start=out[0])
+        curvature, clipped = _minus(curvature, whole, on_indefinite)
+        if merge and isinstance(curvature, BlockDiagonal):
+            curvature = curvature.merge()
     return replace(weight, gradient=g, curvature=curvature, groups=groups), clipped
 
 
@@ -781,8 +785,8 @@ def _minus(
     if isinstance(left, Diagonal):  # rounding, or clipped
         clamped = Diagonal({n: v.clamp(min=0) for n, v in left.values.items()})
         return clamped, _put_back(left, clamped, leaving) if bad else 0.0
-    if not bad:
-        return left, 0.0
+    if not bad:  # what a subtraction of directions leaves is spanned by as many as there were
+        return (_positive_part(left) if isinstance(left, LowRank) else left), 0.0
     if isinstance(left, BlockDiagonal):
         blocks = tuple(
             _positive_part(b) if any(n in bad for n in b.shapes) else b for b in left.blocks
@@ -814,6 +818,10 @@ def _positive_part(curvature: Curvature) -> Curvature:
         return replace(curvature, matrix=(vectors * values.clamp(min=0)) @ vectors.T)
     if isinstance(curvature, LowRank):
         basis, values = curvature._spectrum
+        # The last, largest one stays in any case: there is no curvature without a direction.
+        above = values > torch.finfo(values.dtype).eps * len(values) * values.abs().max()
+        above[-1] = True
+        basis, values = basis[:, above], values[above]
         directions = (basis * values.clamp(min=0).sqrt()).T
         factors, start = {}, 0
         for name, shape in curvature.shapes.items():
