@@ -93,6 +93,21 @@ def test_refitting_on_what_stays_is_retraining_without_a_memory():
     assert laws.distance(laws.weights(model), laws.weights(truth)) < 1e-6
 
 
+def test_what_stays_is_read_under_the_head():
+    """Of a task that some of the outputs are for, given as it was learned."""
+    data = GLMS["multinomial"].data[0]
+    two = data[(data.labels < 2).nonzero().squeeze(1)]
+    carried, plain = replace(two, head=(0, 1)), replace(two, head=None)
+    ends = []
+    for given, head in ((carried, None), (plain, (0, 1))):
+        model = GLMS["multinomial"].make_model(0)
+        prior = lifelong.kprior(GLMS["multinomial"].likelihood, precision=0.5, memory=None)
+        after = prior.update(model, given, head=head)
+        unlearn(model, after, given[:3], retained=given[3:], head=head)
+        ends.append(laws.weights(model))
+    torch.testing.assert_close(*ends)
+
+
 def test_a_failed_unlearning_changes_nothing():
     case = NETWORKS["mlp Categorical"]
     prior = lifelong.gradient_reconstruction(case.likelihood, memory=6, precision=0.5)
@@ -409,6 +424,9 @@ def test_an_audit_without_a_retrained_model():
     assert found.distances == {}
     assert found.gap == {}
     assert math.isnan(found.speedup)
+    timed = {"unlearning": 0.0, "retraining": 3.0}
+    assert replace(found, seconds=timed).speedup == math.inf
+    assert math.isnan(replace(found, seconds={**timed, "retraining": 0.0}).speedup)
     assert found.sizes["others"] == 10
 
 

@@ -93,8 +93,8 @@ def unlearn(
     (G + delta I)⁻¹ sum_removed J*ᵀ r of ``sensitivity.removal``. One backward pass.
     method None: no more than that. Exact for a linear-Gaussian model with a dense G; with a
     diagonal one it wrecks a network (``docs/unlearning.md``).
-    retained: data to refit on in place of what memory and quadratic say of the past: slower,
-    exact where convex.
+    retained: data, under ``head``, to refit on in place of what memory and quadratic say of the
+    past: slower, exact where convex.
 
     The returned prior is rebased to the new weights, so that the old ones, which knew the
     examples, are in it no longer. Raises as ``Prior.forget`` and ``refit``, and ValueError for a
@@ -131,6 +131,7 @@ def unlearn(
                 model,
                 objective,
                 retained,
+                head=head,
                 method=method,
                 max_iterations=max_iterations,
                 tolerance=tolerance,
@@ -566,10 +567,11 @@ class Audit:
 
     @property
     def speedup(self) -> float:
-        """Retraining's seconds over unlearning's; NaN where one was not told."""
-        if not {"unlearning", "retraining"} <= self.seconds.keys():
-            return math.nan
-        return self.seconds["retraining"] / self.seconds["unlearning"]
+        """Retraining's seconds over unlearning's; NaN where one was not told or both are 0."""
+        slow, fast = (self.seconds.get(n, math.nan) for n in ("retraining", "unlearning"))
+        if fast == 0:
+            return math.inf if slow > 0 else math.nan
+        return slow / fast
 
 
 def audit(
