@@ -128,6 +128,19 @@ def test_without_key_data_or_audit(world: dict[str, Any]):
         certify(**world, ids=["one"])
 
 
+class Noted(nn.Linear):
+    """A module whose state holds more than tensors."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__(1, 1)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.note = note
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+
 def test_digests_tell_examples_models_and_priors_apart(world: dict[str, Any]):
     x, y = torch.zeros(3, 2), torch.tensor([0, 1, 0])
     a, b, c = digest_examples((x, y))
@@ -141,6 +154,11 @@ def test_digests_tell_examples_models_and_priors_apart(world: dict[str, Any]):
     with torch.no_grad():
         changed.weight[0, 0] = torch.nextafter(changed.weight[0, 0], torch.tensor(10.0))
     assert digest_model(changed) != digest_model(world["before"])
+    noted = [Noted(note) for note in ({"a": 1}, {"a": 2}, {"a": torch.ones(1)}, {"a": [1]})]
+    assert len({digest_model(m) for m in noted}) == len(noted)
+    assert digest_model(Noted({"a": 1})) == digest_model(noted[0])
+    with pytest.raises(TypeError, match="expected tensors and plain values"):
+        digest_model(Noted(object()))
     assert digest_prior(world["prior"]) == digest_prior(world["prior"].to())
     assert digest_prior(world["prior"]) != digest_prior(2 * world["prior"])
 

@@ -98,9 +98,18 @@ def digest_examples(data: Data) -> list[str]:
 
 
 def digest_model(model: nn.Module) -> str:
-    """The sha256 of the state: names, dtypes, shapes and bytes."""
+    """The sha256 of the state: names, dtypes, shapes and bytes; of a module's extra state that is
+    no tensor the plain values. Raises TypeError where it is neither, ValueError for NaN in it."""
     state = sorted(model.state_dict().items())
-    return _sha(*(p for n, v in state for p in (n.encode(), *_tensor_parts(v))))
+    return _sha(*(p for n, v in state for p in (n.encode(), *_state_parts(v))))
+
+
+def _state_parts(value: Any) -> list[bytes]:
+    if isinstance(value, Tensor):
+        return list(_tensor_parts(value))
+    tensors: dict[str, Tensor] = {}
+    tree = canonical(checkpoint._flatten(value, tensors))
+    return [tree, *(part for v in tensors.values() for part in _tensor_parts(v))]
 
 
 def digest_prior(prior: Prior) -> str:
