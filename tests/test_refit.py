@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lifelong
 from lifelong import refit as module
-from lifelong.curvature import Diagonal
+from lifelong.curvature import estimate
 from lifelong.data import Examples
 from lifelong.divergences import KL, Logit
 from lifelong.errors import (
@@ -339,11 +340,20 @@ def test_convexity_of_the_terms():
     strange = replace(prior, terms=(MemoryTerm(memory.weighted(1.0, 0.0), Strange()),))
     weight = prior.weight
     assert weight is not None
-    sunk = WeightTerm(
-        weight.anchor, None, Diagonal({n: v * 0 - 1 for n, v in weight.anchor.items()})
-    )
-    for prior_ in (negative, kernels, own, strange, replace(prior, terms=(sunk,))):
+    for prior_ in (negative, kernels, own, strange):
         assert not is_convex(model, prior_, case.data[1])
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "isotropic", "dense", "block", "low_rank",
+                                       "kronecker", "eigen_kronecker"])  # fmt: skip
+def test_a_negative_curvature_is_not_convex(structure: Any) -> None:
+    case = CONVEX["multinomial"]
+    model, data = case.make_model(0), case.data[0]
+    G = estimate(model, data, case.likelihood, structure=structure)
+    anchor = {n: p.detach() for n, p in parameters(model).items()}
+    assert is_convex(model, Prior(case.likelihood, terms=(WeightTerm(anchor, None, G),)))
+    sunk = Prior(case.likelihood, terms=(WeightTerm(anchor, None, G * -1.0),))
+    assert not is_convex(model, sunk)
 
 
 class Own(Categorical):

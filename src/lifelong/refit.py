@@ -54,6 +54,7 @@ from .memory import Memory
 from .models import concat, evaluating, forward, move, parameters, require_finite, rows, take
 from .prior import Prior
 from .recall import by_head
+from .removal import indefinite
 from .terms import KernelTerm, MemoryTerm, Regulariser, WeightTerm
 
 Method = Literal["auto", "newton", "lbfgs", "adam"]
@@ -174,7 +175,8 @@ def is_convex(model: nn.Module, prior: Prior, data: Data | None = None) -> bool:
 
     The outputs must be affine in the weights (read off autograd's graph of one batch: a linear
     model, or a frozen body with a linear head), so that each l and divergence, convex in the
-    outputs, is convex in them; weights of items and curvatures must not be negative.
+    outputs, is convex in them; weights of items and curvatures must not be negative (of a block
+    of more than 1,024 weights as far as Lanczos sees: ``removal.indefinite``).
     """
     objective = _Objective(model, prior, data, None, BATCH_SIZE)
     with evaluating(model), torch.enable_grad():
@@ -416,7 +418,7 @@ class _Objective:
         # A subclass may be anything.
         if type(self.prior.likelihood) not in (Bernoulli, Categorical, Gaussian, Poisson):
             return False
-        return all(_is_convex_term(t) for t in self.prior.terms) and self.is_affine()
+        return self.is_affine() and all(_is_convex_term(t) for t in self.prior.terms)
 
     def is_affine(self) -> bool:
         f = self.probe()
@@ -453,6 +455,8 @@ def _is_convex_term(term: Any) -> bool:
         return type(term.divergence) in (KL, Logit) or not term.has_soft
     if isinstance(term, WeightTerm) and isinstance(term.curvature, Diagonal):  # SI's may be clipped
         return all(bool((v >= 0).all()) for v in term.curvature.values.values())
+    if isinstance(term, WeightTerm) and term.curvature is not None:
+        return not indefinite(term.curvature)
     return isinstance(term, (Regulariser, WeightTerm))
 
 

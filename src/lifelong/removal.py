@@ -764,15 +764,7 @@ def _minus(
     Raises ValueError where the result is indefinite, or has no positive part to be clipped to.
     """
     left = curvature + leaving * -1.0
-    before, after = curvature.diagonal(), left.diagonal()
-    bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
-    for block in left.blocks if isinstance(left, BlockDiagonal) else (left,):
-        if isinstance(block, Diagonal):
-            continue
-        name = next(iter(block.shapes))
-        whole = curvature.block_of(name) if isinstance(curvature, BlockDiagonal) else curvature
-        if _is_indefinite(block, beside=whole):
-            bad += [n for n in block.shapes if n not in bad]
+    bad = indefinite(left, beside=curvature)
     if bad and on_indefinite == "raise":
         raise ValueError(
             f"without these examples the curvature would be indefinite in {bad[:5]}: they were "
@@ -834,6 +826,22 @@ def _positive_part(curvature: Curvature) -> Curvature:
         f"a {type(curvature).__name__} curvature has no positive part that is a sum of products "
         "again; clip works for diagonal, isotropic, dense, block, low_rank and kronecker"
     )
+
+
+def indefinite(curvature: Curvature, beside: Curvature | None = None) -> list[str]:
+    """The parameters in blocks with a negative eigenvalue, beyond rounding in numbers of the size
+    of ``beside``, by default its own."""
+    beside = curvature if beside is None else beside
+    before, after = beside.diagonal(), curvature.diagonal()
+    bad = [n for n, v in after.items() if bool((v < -1e-6 * before[n].abs().max()).any())]
+    for block in curvature.blocks if isinstance(curvature, BlockDiagonal) else (curvature,):
+        if isinstance(block, Diagonal):
+            continue
+        name = next(iter(block.shapes))
+        whole = beside.block_of(name) if isinstance(beside, BlockDiagonal) else beside
+        if _is_indefinite(block, beside=whole):
+            bad += [n for n in block.shapes if n not in bad]
+    return bad
 
 
 def _is_indefinite(curvature: Curvature, beside: Curvature) -> bool:
