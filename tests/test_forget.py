@@ -528,6 +528,27 @@ def test_a_belief_that_is_not_asked_again_leaves_as_it_was(memory: Any, gradient
     assert laws.distance(laws.weights(laws.minimum(model, left)), laws.weights(batch)) < 1e-9
 
 
+@pytest.mark.parametrize("population", [False, True])
+def test_what_stays_in_g_of_an_item_of_another_weight(population: bool) -> None:
+    """After a refresh: (soft - 1) J*ᵀ (h(f') - h(f*)); nothing where items stand for themselves."""
+    model, prior = two_tasks(replace(KEEPS_SOME, population=population, gradient="stored"))
+    items = prior.memory.drop(prior.memory.task == 0)  # type: ignore[union-attr]
+    place = laws.moved(model, by=0.2, seed=4)
+    there = prior.rebase(place)
+    left = there.forget(place, ids=items.origin, task=1)
+    truth = prior.forget(model, ids=items.origin, task=1).rebase(place)
+    f = place(items.inputs)
+    change = GAUSSIAN.likelihood.residual(f.detach(), items.outputs)
+    value = (f * change * (items.soft_weight - 1).unsqueeze(1)).sum()
+    slope = torch.autograd.grad(value, list(place.parameters()))
+    stays = [
+        left.weight.gradient[n] - truth.weight.gradient[n]  # type: ignore[union-attr, index]
+        for n, _ in place.named_parameters()
+    ]
+    torch.testing.assert_close(stays, list(slope))
+    assert population == any(bool(v.abs().max() > 0.1) for v in stays)
+
+
 def test_a_new_class_does_not_change_what_leaves() -> None:
     """Grow the head, then forget = forget, then grow: at any weights."""
     generator = torch.Generator().manual_seed(0)

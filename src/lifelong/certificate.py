@@ -45,9 +45,10 @@ _SHOWN, _LONGEST = 20, 80  # names, and characters of each
 
 GUARANTEED = (
     "The examples named here are not in the memory of the prior with the digest given as after.",
-    "What the prior's gradient held of them was subtracted from it, and from its curvature what it "
-    "held of those that were not in memory, but for the part given as clipped; of those given as "
-    "not_held it held nothing, and nothing was taken out. The prior stands at the new weights.",
+    "What the prior's gradient held of them was subtracted from it (of remembered examples that "
+    "stand for more than themselves not all that updates added to it), and from its curvature what "
+    "it held of those that were not in memory, but for the part given as clipped; of those given "
+    "as not_held it held nothing, and nothing was taken out. The prior stands at the new weights.",
     "The soft labels that the prior holds of other examples were asked for again from the new "
     "model, if the prior's recipe refreshes them.",
     "The figures are those of the models whose digests are given.",

@@ -438,7 +438,7 @@ class Prior:
         groups: (N,) integers from 0, -1 for none: whose example each is (a customer, a hospital).
         Its share of g and G is kept, as much again as g and G themselves for each group and so in
         ``max_groups`` at most, for ``forget(model, groups=[k])`` without the data. A group may go
-        on in later tasks.
+        on in later tasks. Data that are no ``Examples`` are read once for each group.
         batch_size: of the passes over the data; the result does not depend on it.
 
         Raises ValueError where the memory is larger than the task, labels lie outside of the
@@ -776,8 +776,9 @@ class Prior:
 
         data: the examples, read again, with the ids they had; a ``Shard`` of them is sent to every
         rank, and each then does all of the removal. Those in memory are dropped, and
-        their residual leaves g; of the others J*ᵀ r leaves g and J*ᵀ H J* leaves G (never -l,
-        which is unbounded below).
+        their residual leaves g (not all that g holds of items that stand for more than themselves
+        and were seen from a later anchor: ``docs/unlearning.md``); of the others J*ᵀ r leaves g
+        and J*ᵀ H J* leaves G (never -l, which is unbounded below).
         task, ids, where: which ones; all of them must hold, and they are enough where all are in
         memory. where: memory -> (M,) bool, such as ``lambda memory: memory.labels == 3``. Without
         data only what is in memory leaves: ``task=0`` alone takes the items of task 0, and its

@@ -704,7 +704,11 @@ def _of_task(
 
 
 def _in_gradient(items: Memory, beliefs: tuple[float, ...]) -> Tensor:
-    """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself."""
+    """(M,) how much of each item's J*ᵀ r is in g: all that it does not replay itself.
+
+    So it is at any anchor where soft and hard weight make the belief. Of another soft weight each
+    refresh added soft J*ᵀ (h(f') - h(f*)), of which as much stays as soft + hard exceed it.
+    """
     return each_of(beliefs, items) - items.hard_weight
 
 
