@@ -852,7 +852,8 @@ def _is_indefinite(curvature: Curvature, beside: Curvature) -> bool:
     """Whether an eigenvalue is negative, beyond rounding in numbers of the size of ``beside``.
 
     Exact for a dense one and up to ``_WHOLE`` weights. A larger one by Lanczos, which finds the
-    outermost eigenvalues first, and may miss one below 0 by a thousandth of the largest.
+    outermost eigenvalues first, and may miss one below 0 by a few
+    thousandths of the largest.
     """
     diagonal = curvature.diagonal()
     size = sum(v.numel() for v in diagonal.values())
