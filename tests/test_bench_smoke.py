@@ -49,3 +49,17 @@ def test_trials_of_permuted_digits(data: Path, tmp_path: Path) -> None:
     record = Path("benchmarks/results/2026-11-25_permuted-trials/result.json")
     recorded = {row["trial"]: row["kept"] for row in json.loads(record.read_text())}
     assert {t.name for t in TRIALS} <= recorded.keys()
+
+
+def test_what_the_past_loses_beside_what_was_foretold(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("benchmarks")
+    from benchmarks.foretold import Config, run
+
+    small = Config(margins=(1.0, 3.0), tasks=2, epochs=1, memory=10, examples=60)
+    plain, wide = run(small, data, tmp_path)
+    assert (plain["margin"], wide["margin"], plain["task"]) == (1.0, 3.0, 2)
+    assert wide["strength"] == 3 * plain["strength"]  # of the first task, learned before
+    for row in (plain, wide):
+        assert row["foretold"] > 0 <= row["memory"]
+        assert row["ratio"] * row["foretold"] == pytest.approx(row["lost"] - row["memory"])
+    assert json.loads((tmp_path / "result.json").read_text()) == [plain, wide]
