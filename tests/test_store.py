@@ -228,6 +228,31 @@ def test_compacting_keeps_the_newest_versions_and_gives_room_back(store: MemoryS
         store.compact(keep=0)
 
 
+@pytest.mark.parametrize("name", ["store", "store.lance"])
+@in_folder
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=3))
+def test_versions_are_as_they_were_or_given_up(tmp_path_factory, name, keeps):
+    """Whatever is compacted in which order: no version is kept by half, none comes back."""
+    then: dict[int, list[int]] = {0: []}
+    with open_store(tmp_path_factory.mktemp("s") / name) as store:
+        for step, keep in enumerate(keeps):
+            for call in (
+                lambda n=step: store.append(examples([10 * n + 1, 10 * n + 2])),
+                lambda: store.drop([store.items()[0].item]),
+                lambda k=keep: store.compact(keep=k),
+            ):
+                version = call()
+                then[version] = [item.item for item in store.items()]
+        oldest = max(3 * step - keep for step, keep in enumerate(keeps, 1))
+        for version, items in then.items():
+            if version < oldest:
+                with pytest.raises(StoreVersionError, match="are kept"):
+                    store.memory(version=version)
+            else:
+                assert [item.item for item in store.items(version=version)] == items
+        assert store.verify().ok
+
+
 def test_draws_are_those_of_the_memory(store: MemoryStore) -> None:
     memory = examples(list(range(1, 50)))
     store.append(memory)

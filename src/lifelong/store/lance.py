@@ -457,7 +457,7 @@ class LanceStore:
             raise ValueError(f"at least today's version is kept, got keep={keep}")
         with self._locked() as view:
             change = _Change(view, "compact", b"")
-            oldest = max(0, change.number - keep)
+            oldest = max(view.oldest, change.number - keep)  # what was given up stays so
             effective = max((n for n, _ in view.priors if n <= oldest), default=0)
             lives = [x for x in view.lives if x[3] is None or x[3] > oldest]
             priors = [p for p in view.priors if p[0] >= effective]

@@ -371,7 +371,7 @@ class SqliteStore(Database):
         if keep < 1:
             raise ValueError(f"at least today's version is kept, got keep={keep}")
         with self._writing("compact", "") as (con, number):
-            oldest = max(0, number - keep)
+            oldest = max(self._oldest(), number - keep)  # what was given up stays so
             con.execute("DELETE FROM life WHERE died <= ?", (oldest,))
             effective = con.execute("SELECT max(version) FROM prior WHERE version <= ?", (oldest,))
             con.execute("DELETE FROM prior WHERE version < ?", (effective.fetchone()[0] or 0,))
@@ -980,15 +980,20 @@ class SqliteStore(Database):
         last = newest(con)
         if version is None:
             return last
-        oldest = self._meta("oldest") or 0
-        if type(oldest) is not int:
-            raise StoreDamagedError("the oldest version is no number; call store.verify()")
+        oldest = self._oldest()
         if not oldest <= version <= last:
             raise StoreVersionError(
                 f"there is no version {version}: {oldest} to {last} are kept; store.history() "
                 "lists them"
             )
         return version
+
+    def _oldest(self) -> int:
+        """The first version that is kept."""
+        oldest = self._meta("oldest") or 0
+        if type(oldest) is not int:
+            raise StoreDamagedError("the oldest version is no number; call store.verify()")
+        return oldest
 
     def _chosen(self, con: sqlite3.Connection, which: Which, version: int | None) -> list[int]:
         """The items that are meant, of a version or (None) of any; ValueError where none is."""
