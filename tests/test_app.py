@@ -23,6 +23,7 @@ from lifelong import Categorical, Examples, Memory, runs, thumbnails
 from lifelong.adapted_runs import restored
 from lifelong.app import index, jobs, learning, measures, workspace
 from lifelong.app.jobs import Job, Jobs
+from lifelong.app.workspace import Workspace
 from lifelong.cli import main
 from lifelong.commands.ui import newest
 from lifelong.config import Experiment, Overrides, RunConfig, UsageError
@@ -376,7 +377,7 @@ def test_forgetting_says_so_first_and_is_final(page: Client, run: Path) -> None:
     old = page.post("/changes/restore", [("to", 1), ("version", after.value("version"))])
     assert old.status == 409
     assert "had learned what has been forgotten since" in old.words
-    assert not (run.with_name("run.ui") / "1-0").exists()
+    assert not (workspace(run).place / "1-0").exists()
 
 
 def test_another_regulariser_and_back(page: Client, run: Path) -> None:
@@ -385,7 +386,7 @@ def test_another_regulariser_and_back(page: Client, run: Path) -> None:
     page.post("/changes/regularise", fields)
     job = page.job()
     assert job["state"] == "done", job
-    assert place.current == run.with_name("run.ui") / "1-0"
+    assert place.current == workspace(run).place / "1-0"
     assert "run, change 1" in page.get("/compare").words
     back = [("to", 1), ("version", page.get("/changes").value("version"))]
     assert page.post("/changes/restore", back).status == 200
@@ -405,7 +406,7 @@ def test_added_examples_are_learned(page: Client, tmp_path: Path) -> None:
     page.upload("/changes/add", {"version": version}, "../../more.npz", out.getvalue())
     job = page.job()
     assert job["state"] == "done", job
-    assert not list((tmp_path / "run.ui").glob("upload-*"))
+    assert not list((tmp_path / "run.ui" / "seed-0").glob("upload-*"))
     broken = {"version": page.get("/changes").value("version")}
     page.upload("/changes/add", broken, "broken.npz", b"not a file of numbers")
     assert page.job(2)["state"] == "failed"
@@ -490,6 +491,115 @@ def test_one_change_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         held.ask("regularise", {"precision": 2.0}, 1)
 
 
+# ------------------------------------------------------------------------------- whose files
+
+
+def waiting_forget(place: Workspace) -> None:
+    """A server that was asked to forget items 1 and 2, and killed before it did."""
+    journal = Jobs(place)
+    journal.close()
+    journal._keep(Job(1, "forget", {"items": [1, 2], "tasks": {"0": [0, 1]}, "note": ""}))
+
+
+def test_each_address_has_a_journal_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = (f"file://{tmp_path}/{name}" for name in ("one", "other"))
+    for address in (one, other):
+        with open_store(address) as store:
+            store.append(items_of())
+    waiting_forget(workspace(one))
+    shown = Jobs(workspace(other))
+    shown.close()
+    assert shown.all == {}
+    with open_store(other, "r") as store:
+        assert len(store) == 6
+    again = Jobs(workspace(one + "/"))  # the same place, spelled otherwise
+    again.close()
+    assert again.get(1).state == "done"
+    with open_store(one, "r") as store:
+        assert len(store) == 4
+
+
+def test_a_store_made_anew_does_not_get_the_old_ones_journal(tmp_path: Path) -> None:
+    place = store_of(tmp_path / "store")
+    waiting_forget(workspace(place))
+    shutil.copytree(place, tmp_path / "copy")
+    shutil.rmtree(place)
+    store_of(place)
+    with pytest.raises(UsageError, match=r"store\.ui has what the page keeps of another store"):
+        Jobs(workspace(place))
+    with open_store(place, "r") as store:
+        assert len(store) == 6
+    shutil.rmtree(place)
+    shutil.move(tmp_path / "copy", place)  # a copy is the store that it is of
+    again = Jobs(workspace(place))
+    again.close()
+    assert again.get(1).state == "done"
+
+
+def places_in(memory: Memory | None) -> set[tuple[int, int]]:
+    assert memory is not None
+    return set(zip(memory.task.tolist(), memory.origin.tolist(), strict=True))
+
+
+def test_each_seed_has_a_memory_of_its_own(tmp_path: Path) -> None:
+    config = RunConfig(
+        Experiment(benchmark="two-moons", prior="kprior", memory=4, seeds=2), Overrides(epochs=1)
+    )
+    plan = runs.prepare(config)
+    runs.create(plan, tmp_path / "run")
+    runs.execute(plan, tmp_path / "run")
+    wanted = []
+    for seed in (0, 1):
+        found = workspace(tmp_path / "run", seed)
+        adapted(found, 0.1 * (seed + 1))
+        assert found.current == found.place / "1-0"
+        with found.open() as store:
+            shown = places_in(store.memory())
+        wanted.append(places_in(prior_in(learner_file(tmp_path / "run", seed)).memory))
+        assert shown == wanted[-1]
+    assert wanted[0] != wanted[1]
+
+
+def adapted(place: Workspace, precision: float) -> Job:
+    """Once it is over."""
+    journal = Jobs(place)
+    with place.open() as store:
+        number = journal.ask("regularise", {"precision": precision}, store.version).number
+    journal.close()
+    assert journal.get(number).state == "done", journal.get(number).said
+    return journal.get(number)
+
+
+def test_both_folders_can_be_moved(run: Path, tmp_path: Path) -> None:
+    adapted(workspace(run), 0.1)
+    measures.measure(workspace(run).place, run, None, lambda line: None)
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (run, run.with_name("run.ui")):
+        shutil.move(folder, tmp_path / "elsewhere" / folder.name)
+    moved = workspace(tmp_path / "elsewhere" / "run")
+    assert moved.current == moved.place / "1-0"
+    with moved.open() as store:
+        assert store.version == 2  # nothing was brought in once more
+    assert measures.load(moved.place, moved.run, None) is not None
+    adapted(moved, 0.2)
+    assert moved.current == moved.place / "2-0"
+
+
+def test_a_run_made_anew_does_not_get_the_old_ones_memory(run: Path) -> None:
+    adapted(workspace(run), 0.1)
+    begun, *lines = (run / "log.txt").read_text().splitlines(keepends=True)
+    (run / "log.txt").write_text("".join([begun, *lines, "2030-01-01T00:00:00+00:00 later\n"]))
+    workspace(run)  # as before
+    before = sorted(run.with_name("run.ui").rglob("*"))
+    (run / "log.txt").write_text("2030" + begun[4:] + "".join(lines))
+    with pytest.raises(UsageError, match="of another run, which lay at the same place before"):
+        workspace(run)
+    assert sorted(run.with_name("run.ui").rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------- measuring, labels
 
 
@@ -507,7 +617,7 @@ def test_measuring_tells_calibration_fidelity_and_scores(page: Client, run: Path
     shown = page.get("/learning")
     assert shown.text.count("<svg") == 2 + 2 + 5  # and the legend of the fidelity
     assert "Expected calibration error" in shown.words
-    found = measures.load(run.with_name("run.ui"), run, None)
+    found = measures.load(workspace(run).place, run, None)
     assert found is not None
     learner, past = restored(run)
     for row, test in zip(found.calibration, past.tests, strict=True):
@@ -543,7 +653,7 @@ def test_neighbours_are_those_whose_outputs_move_together(page: Client, run: Pat
     measured(page)
     shown = page.get("/items/5/neighbours")
     assert shown.text.count("<li>") == 7  # the others of its task
-    found = measures.load(run.with_name("run.ui"), run, None)
+    found = measures.load(workspace(run).place, run, None)
     assert found is not None
     network = measures.Network.of(run, None)
     key = next(iter(found.scores))
@@ -623,7 +733,7 @@ def test_a_relabel_that_was_killed_goes_on(run: Path, monkeypatch: pytest.Monkey
 
 def test_what_was_measured_goes_with_what_is_forgotten(page: Client, run: Path) -> None:
     measured(page)
-    file = run.with_name("run.ui") / measures.FILE
+    file = workspace(run).place / measures.FILE
     assert file.is_file()
     version = page.get("/memory").value("version")
     page.post("/changes/forget", [("items", 3), ("sure", "forget"), ("version", version)])
@@ -694,7 +804,7 @@ def test_stop_and_go_on(tmp_path: Path) -> None:
         assert page.post("/learning/resume", []).status == 200  # a process of its own
         end = time.monotonic() + 120
         while not (folder / "result.json").is_file():
-            assert time.monotonic() < end, (tmp_path / "run.ui" / "resumed.log").read_text()
+            assert time.monotonic() < end, (workspace(folder).place / "resumed.log").read_text()
             time.sleep(0.1)
         assert not (folder / runs.STOP).exists()
         assert page.post("/learning/resume", []).status == 409

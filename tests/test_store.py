@@ -228,6 +228,17 @@ def test_compacting_keeps_the_newest_versions_and_gives_room_back(store: MemoryS
         store.compact(keep=0)
 
 
+def test_a_store_is_known_again_and_told_from_others(store: MemoryStore, tmp_path: Path) -> None:
+    first = store.identity
+    store.append(examples([1, 2]))
+    store.compact()
+    with open_store(store.path, "r") as again:
+        assert store.identity == again.identity == first
+    for name in ("other", "other.lance"):
+        with open_store(tmp_path / name) as other:
+            assert other.identity != first
+
+
 @pytest.mark.parametrize("name", ["store", "store.lance"])
 @in_folder
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3))

@@ -13,6 +13,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,13 +55,18 @@ class Job:
 
 
 class Jobs:
-    """The journal, and a thread that does what it says."""
+    """The journal, and a thread that does what it says.
+
+    Raises as ``Workspace.tie``.
+    """
 
     def __init__(self, place: Workspace, changed: Callable[[], None] = lambda: None) -> None:
         self.workspace, self.changed = place, changed
         self.path = place.place / JOURNAL
         self.lock = threading.RLock()
         self.waiting: Queue[int | None] = Queue()
+        with suppress(OSError):  # where nobody can write there is no journal
+            place.tie()
         self.all: dict[int, Job] = {job.number: job for job in self._read()}
         for job in self.all.values():
             if not job.over:  # of a server that was killed
@@ -160,13 +166,13 @@ class Jobs:
 
     def take_over(self, job: Job, run: Path) -> int:
         """The store has this run's prior and memory from now on; its version."""
-        step = next((s for s in self.workspace.steps if s.run == str(run)), None)
+        step = next((s for s in self.workspace.steps if s.run == run.name), None)
         if step is not None:
             return step.version
         prior = prior_in(learner_file(run, self.workspace.seed))
         with self.workspace.open("a") as store:
             version = store.save_prior(prior, message=_named(job))
-        self.workspace.record(Step(_named(job), version, str(run)))
+        self.workspace.record(Step(_named(job), version, run.name))
         return version
 
 
@@ -248,7 +254,7 @@ def _certificates(
         to = folder / f"{job.number}-{part}.html"
         for suffix in (".html", ".json"):
             shutil.copyfile(path.with_suffix(suffix), to.with_suffix(suffix))
-        kept.append({**result, "certificate": str(to)})
+        kept.append({**result, "certificate": to.relative_to(place.place).as_posix()})
     return kept
 
 
@@ -296,7 +302,7 @@ def _add(jobs: Jobs, job: Job) -> None:
     run = jobs.workspace.current
     if run is None:
         raise ValueError("a store alone has no network to learn with")
-    file = Path(job.given["file"])
+    file = jobs.workspace.place / job.given["file"]
     out = jobs.adapted(job, 0, Add(None, file, None), run)
     jobs.take_over(job, out)
     file.unlink(missing_ok=True)  # the run has its own copy

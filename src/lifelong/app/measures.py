@@ -50,10 +50,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measures:
-    """run, stamp: of which network. scores: "task/origin" -> name -> value; left_out: remembered
-    examples beyond ``MOST_ITEMS``. calibration: of each task with tests, and bins of all of them;
-    fidelity: curves of some tasks; kept: how many examples of it are remembered. notes: why
-    something is missing."""
+    """run, stamp: of which network, by its folder's name. scores: "task/origin" -> name -> value;
+    left_out: remembered examples beyond ``MOST_ITEMS``. calibration: of each task with tests, and
+    bins of all of them; fidelity: curves of some tasks; kept: how many examples of it are
+    remembered. notes: why something is missing."""
 
     run: str
     stamp: int
@@ -84,7 +84,7 @@ def load(place: Path, run: Path | None, seed: int | None) -> Measures | None:
     try:
         content = json.loads((place / FILE).read_text(encoding="utf-8"))
         found = Measures(**content)
-        return found if (found.run, found.stamp) == (str(run), stamp_of(run, seed)) else None
+        return found if (found.run, found.stamp) == (run.name, stamp_of(run, seed)) else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -107,7 +107,7 @@ def measure(place: Path, run: Path, seed: int | None, say: Say) -> Measures:
     except ValueError as error:
         fidelity = []
         notes.append(f"There is no curve of fidelity: {error}")
-    found = Measures(str(run), stamp, scores, left_out, calibration, bins, fidelity, notes)
+    found = Measures(run.name, stamp, scores, left_out, calibration, bins, fidelity, notes)
     place.mkdir(parents=True, exist_ok=True)
     write(place / FILE, json.dumps(asdict(found), allow_nan=False) + "\n")
     return found

@@ -456,7 +456,7 @@ def _pages(api: FastAPI, app: App) -> None:
         found = (_job(app, number).result or {}).get("changes", [])
         if not 0 <= part < len(found) or found[part]["certificate"] is None:
             raise HTTPException(404, "That change has no certificate.")
-        path = Path(found[part]["certificate"])
+        path = app.workspace.place / found[part]["certificate"]
         path = path.with_suffix(".json") if as_json else path
         return FileResponse(path, filename=f"certificate-{number}-{part + 1}{path.suffix}")
 
@@ -545,13 +545,11 @@ def _changes(api: FastAPI, app: App) -> None:
                 f"The network of version {to} had learned what has been forgotten since; versions "
                 f"from {app.workspace.since} on can be had back.",
             )
-        steps = [s for s in app.workspace.steps if s.version <= to]
-        run = steps[-1].run if steps else None
+        then = app.workspace.at(to)
         with _seen(app, version) as store:
             after = store.restore(to, message=f"as version {to}")
         if app.workspace.steps:
-            first = app.workspace.run
-            run = run if run is not None else None if first is None else str(first)
+            run = None if then is None else then.run
             app.workspace.record(Step(f"as version {to}", after, run))
         app.forget_pictures()
         return RedirectResponse("/changes", 303)
@@ -622,7 +620,7 @@ def _changes(api: FastAPI, app: App) -> None:
         with path.open("wb") as out:
             shutil.copyfileobj(file.file, out)
         try:
-            return _asked(app, "add", {"file": str(path)}, version)
+            return _asked(app, "add", {"file": path.name}, version)
         except HTTPException:
             path.unlink()
             raise

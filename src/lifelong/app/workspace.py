@@ -1,14 +1,16 @@
 """What the page works on: a store, and the run whose memory lies in it.
 
-    RUN         the run, which stays as it is until one of its examples is forgotten
-    RUN.ui/     made beside it: memory/ (the store), 1-0/, 2-0/, ... (adapted runs), and journals
+    RUN              the run, which stays as it is until one of its examples is forgotten
+    RUN.ui/seed-0/   made beside it: memory/ (the store), 1-0/, 2-0/, ... (adapted runs), journals
+    .lifelong-ui/    in the folder at hand: journals of stores that have an address, by its digest
 
 Of a store alone there is no network: its items can be looked at, dropped and forgotten, and no
-accuracy changes.
+accuracy changes. Paths in the page's own files are relative, so that both folders can be moved.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,9 @@ from typing import Any
 from ..checkpoint import write
 from ..config import UsageError
 from ..errors import StoreError
+from ..learner import CHECKPOINT
 from ..run_memory import import_prior, is_run, learner_file
+from ..runs import CONFIG, LOG, load_config
 from ..store import MemoryStore, open_store
 
 _STATE = "state.json"
@@ -25,7 +29,9 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Step:
-    """One change that the page made. version: of the store after it; run: the one in force then."""
+    """One change that the page made, or the import before the first. version: of the store after
+    it; run: the folder, within the page's own, of the run in force then; None for the run itself.
+    """
 
     what: str
     version: int
@@ -55,20 +61,30 @@ class Workspace:
 
     # ------------------------------------------------------------ what was changed by the page
 
+    def _state(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.place / _STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def _keep(self, **changes: Any) -> None:
+        self.place.mkdir(parents=True, exist_ok=True)
+        write(self.place / _STATE, json.dumps({**self._state(), **changes}, indent=1) + "\n")
+
     @property
     def steps(self) -> list[Step]:
-        try:
-            content = json.loads((self.place / _STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return []
-        return [Step(**step) for step in content["steps"]]
+        return [Step(**step) for step in self._state().get("steps", [])]
+
+    def at(self, version: int | None = None) -> Step | None:
+        """The change whose run was in force at a version, by default now; None before the first."""
+        steps = [s for s in self.steps if version is None or s.version <= version]
+        return steps[-1] if steps else None
 
     @property
     def current(self) -> Path | None:
         """The run in force: the newest adapted one, or that which the page was opened with."""
-        steps = self.steps
-        run = steps[-1].run if steps else None
-        return self.run if run is None else Path(run)
+        step = self.at()
+        return self.run if step is None or step.run is None else self.place / step.run
 
     @property
     def since(self) -> int:
@@ -83,34 +99,69 @@ class Workspace:
 
     def record(self, step: Step) -> None:
         """A change is done: its run is in force from now on."""
-        steps = [asdict(s) for s in (*self.steps, step)]
-        self.place.mkdir(parents=True, exist_ok=True)
-        write(self.place / _STATE, json.dumps({"steps": steps}, indent=1) + "\n")
+        self._keep(steps=[asdict(s) for s in (*self.steps, step)])
 
     def runs(self) -> list[Path]:
         """The run and all that were adapted from it here, oldest first."""
         if self.run is None:
             return []
-        known = dict.fromkeys(Path(s.run) for s in self.steps if s.run is not None)
-        return [self.run, *(path for path in known if path != self.run and path.is_dir())]
+        known = dict.fromkeys(self.place / s.run for s in self.steps if s.run is not None)
+        return [self.run, *(path for path in known if path.is_dir())]
+
+    # ------------------------------------------------------------ whose files these are
+
+    def tie(self) -> None:
+        """Write down which run and store the page's files are of.
+
+        Raises UsageError where they are of others that lay at the same place before: the numbers
+        in their journals mean other items here.
+        """
+        now = {} if self.run is None else {"run": _identity(self.run)}
+        if self.has_store:
+            with self.open() as store:
+                now["store"] = store.identity
+        kept = self._state().get("of", {})
+        for what, known in kept.items():
+            if now.get(what, known) != known:
+                raise UsageError(
+                    f"{self.place} has what the page keeps of another {what}, which lay at the "
+                    "same place before: remove that folder, or move it away, and open this one "
+                    "again"
+                )
+        if {**kept, **now} != kept:
+            self._keep(of={**kept, **now})
+
+
+def _identity(run: Path) -> str:
+    """A digest of its settings and of when it was begun: a run that is made anew has another."""
+    found = hashlib.sha256()
+    for name in (CONFIG, LOG):
+        if (run / name).is_file():
+            text = (run / name).read_bytes()
+            found.update(text if name == CONFIG else text.partition(b"\n")[0])
+    return found.hexdigest()
 
 
 def workspace(path: Path | str, seed: int | None = None) -> Workspace:
     """Of a run's folder, a store's folder, or a store's address; the run's memory is brought into
     its store once. A run that has learned nothing yet has no store.
 
-    Raises UsageError for anything else.
+    seed: of a run; by default the only one that has learned, or that will learn first.
+    Raises UsageError for anything else, and as ``Workspace.tie``.
     """
     text = str(path)
     if "://" in text:
-        return Workspace(Path.cwd() / ".lifelong-ui", text, None)
+        name = hashlib.sha256(text.rstrip("/").encode()).hexdigest()[:16]
+        return Workspace(Path.cwd() / ".lifelong-ui" / name, text, None)
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise UsageError(
             f"there is no run and no store in {path}; lifelong run --out {path} makes a run"
         )
     if is_run(folder):
+        seed = _seed(folder, seed)
         place = folder.with_name(folder.name + ".ui")
+        place = place if seed is None else place / f"seed-{seed}"
         found = Workspace(place, str(place / "memory"), folder, seed)
         refresh(found)
         return found
@@ -122,20 +173,39 @@ def workspace(path: Path | str, seed: int | None = None) -> Workspace:
     return Workspace(folder.with_name(folder.name + ".ui"), str(folder), None)
 
 
+def _seed(run: Path, seed: int | None) -> int | None:
+    """None for a learner that is not of a seed. Raises UsageError where it must be said."""
+    if seed is not None:
+        return seed
+    if not any(run.glob(f"seed-*/{CHECKPOINT}")) and (run / CONFIG).is_file():
+        return load_config(run, adapted=True).seed_list[0]
+    try:
+        number = learner_file(run).parent.name.removeprefix("seed-")
+    except UsageError:
+        if any(run.glob(f"seed-*/{CHECKPOINT}")):
+            raise  # several: which one must be said
+        return None
+    return int(number) if number.isdecimal() else None
+
+
 def refresh(found: Workspace) -> None:
-    """Bring a run's memory into its store, where that has not been done since it last changed."""
-    if found.run is None or found.steps:
+    """Bring a run's memory into its store, where that has not been done since it last changed.
+    Raises as ``Workspace.tie``."""
+    if found.run is None:
+        return
+    found.tie()
+    if found.steps:
         return
     try:
         path = learner_file(found.run, found.seed)
     except UsageError:
-        if any(found.run.glob("seed-*/learner.safetensors")):
-            raise  # several seeds: which one must be said
+        if any(found.run.glob(f"seed-*/{CHECKPOINT}")):
+            raise  # there are others
         return
-    mark = found.place / "imported.json"
-    stamp = {"file": str(path), "time": path.stat().st_mtime_ns}
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == stamp:
+    stamp = {"file": path.relative_to(found.run).as_posix(), "time": path.stat().st_mtime_ns}
+    if found._state().get("imported") == stamp:
         return
     found.place.mkdir(parents=True, exist_ok=True)
     import_prior(path, found.store, message=f"imported from {found.run.name}")
-    write(mark, json.dumps(stamp) + "\n")
+    found._keep(imported=stamp)
+    found.tie()

@@ -187,6 +187,11 @@ class MemoryStore(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """The same as long as the store is, in its copies too; one made anew has another."""
+        ...
+
+    @property
     def num_bytes(self) -> int:
         """On disk, all versions and priors."""
         ...

@@ -71,6 +71,7 @@ from .marks import (
     default_ids,
     forgotten_error,
     hash_id,
+    identity_of,
     marks_of,
     mentions,
     tag_of,
@@ -732,6 +733,11 @@ class LanceStore:
     def version(self) -> int:
         """The newest version; 0 for an empty store."""
         return self._view().newest
+
+    @property
+    def identity(self) -> str:
+        """See ``MemoryStore.identity``."""
+        return identity_of(self._view().salt)
 
     @property
     def num_bytes(self) -> int:

@@ -31,6 +31,11 @@ def tag_of(salt: bytes, name: bytes) -> int:
     return int.from_bytes(hash_id(salt, name)[:8], "big") >> 1
 
 
+def identity_of(salt: bytes) -> str:
+    """By which a store is known again, without its salt."""
+    return hashlib.blake2b(digest_size=16, key=salt, person=b"store").hexdigest()
+
+
 class Mark(NamedTuple):
     """By which something that was forgotten is known again. refused: where its tombstone is."""
 

@@ -67,6 +67,7 @@ from .marks import (
     default_ids,
     forgotten_error,
     hash_id,
+    identity_of,
     marks_of,
     mentions,
     tag_of,
@@ -628,6 +629,12 @@ class SqliteStore(Database):
         """The newest version; 0 for an empty store."""
         with self._reading() as con:
             return newest(con)
+
+    @property
+    def identity(self) -> str:
+        """See ``MemoryStore.identity``."""
+        with self._reading():
+            return identity_of(self._salt)
 
     @property
     def num_bytes(self) -> int:
