@@ -600,6 +600,32 @@ def test_a_run_made_anew_does_not_get_the_old_ones_memory(run: Path) -> None:
     assert sorted(run.with_name("run.ui").rglob("*")) == before
 
 
+def test_a_second_server_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two journals would overwrite each other, and both say "done" of what one of them undid."""
+    with served(workspace(run)) as page:
+        with pytest.raises(UsageError, match=r"run is shown already.*\.lock names its process"):
+            Jobs(workspace(run))
+        assert main(["ui", str(run)]) == 2
+        assert "open the address that the other lifelong ui has printed" in capsys.readouterr().err
+        page.post("/changes/regularise", [("precision", 3.0), ("version", 1)])
+        assert page.job()["state"] == "done"
+    with served(workspace(run)) as page:  # once the first has ended
+        assert page.job()["state"] == "done"
+
+
+def test_where_nobody_can_write_there_is_still_something_to_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(jobs, "claimed", refused)
+    place = workspace(store_of(tmp_path / "store"))
+    with served(place) as page:
+        assert page.get("/api/memory").json["total"] == 6
+    assert not place.place.exists()
+
+
 # ------------------------------------------------------------------------------- measuring, labels
 
 

@@ -220,11 +220,12 @@ def execute(
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, taken: str = "") -> Iterator[None]:
     """Inside, no other process writes to the run's folder. The lock is the system's, which lets go
     of it when a process ends in any way; where there is no ``flock`` (Windows) nothing is held.
 
-    Raises UsageError where another process holds it, OSError where it cannot be written.
+    taken: what is said where another process holds it.
+    Raises UsageError for that, OSError where it cannot be written.
     """
     try:
         import fcntl
@@ -245,7 +246,8 @@ def claimed(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if not left:
                     raise UsageError(
-                        f"another lifelong run is writing to {folder}; let it end, or choose "
+                        taken
+                        or f"another lifelong run is writing to {folder}; let it end, or choose "
                         "another folder with --out"
                     ) from None
                 time.sleep(0.05)  # it may be one who only looks (``is_going_on``)

@@ -13,7 +13,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from ..adapted_runs import Add, Certifying, Change, Regularise, Relabel, Remove, adapt
 from ..checkpoint import write
 from ..run_memory import learner_file, prior_in
+from ..runs import LOCK, claimed
 from . import measures
 from .workspace import Step, Workspace
 
@@ -55,9 +56,9 @@ class Job:
 
 
 class Jobs:
-    """The journal, and a thread that does what it says.
+    """The journal, and a thread that does what it says. No other process has it meanwhile.
 
-    Raises as ``Workspace.tie``.
+    Raises UsageError where one has, and as ``Workspace.tie``.
     """
 
     def __init__(self, place: Workspace, changed: Callable[[], None] = lambda: None) -> None:
@@ -65,9 +66,16 @@ class Jobs:
         self.path = place.place / JOURNAL
         self.lock = threading.RLock()
         self.waiting: Queue[int | None] = Queue()
-        with suppress(OSError):  # where nobody can write there is no journal
-            place.tie()
-        self.all: dict[int, Job] = {job.number: job for job in self._read()}
+        with ExitStack() as held:
+            with suppress(OSError):  # where nobody can write there is no journal to share
+                taken = (
+                    f"{place.name} is shown already: open the address that the other lifelong ui "
+                    f"has printed, or end it (fuser {place.place / LOCK} names its process)"
+                )
+                held.enter_context(claimed(place.place, taken))
+                place.tie()
+            self.all: dict[int, Job] = {job.number: job for job in self._read()}
+            self._held = held.pop_all()
         for job in self.all.values():
             if not job.over:  # of a server that was killed
                 self.waiting.put(job.number)
@@ -75,9 +83,10 @@ class Jobs:
         self.thread.start()
 
     def close(self) -> None:
-        """Let the job at hand end."""
+        """Let the job at hand end, and let go of the journal."""
         self.waiting.put(None)
         self.thread.join()
+        self._held.close()
 
     def ask(self, kind: str, given: dict[str, Any], seen: int | None) -> Job:
         """Write a job down. seen: the store's version as the asker saw it; None for a job that

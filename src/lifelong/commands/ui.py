@@ -63,24 +63,24 @@ def ui(args: list[str]) -> int:
             f"lifelong ui needs {error.name}: install it with pip install 'lifelong[ui]'"
         ) from error
     found = app.workspace(newest() if flags.place is None else flags.place, flags.seed)
-    listening = _socket(flags.port)
-    port = listening.getsockname()[1]
-    token = app.new_token()
-    hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
-    served = app.make(found, token=token, hosts=hosts)
-    address = f"http://127.0.0.1:{port}/?token={token}"
-    if flags.json:
-        sys.stdout.write(json.dumps({"name": found.name, "address": address}) + "\n")
-    else:
-        sys.stdout.write(f"{found.name} is shown at\n\n  {address}\n\nCtrl-C ends it.\n")
-    sys.stdout.flush()
-    if flags.browser:
-        import webbrowser
+    with _socket(flags.port) as listening:
+        port = listening.getsockname()[1]
+        token = app.new_token()
+        hosts = frozenset({f"127.0.0.1:{port}", f"localhost:{port}"})
+        served = app.make(found, token=token, hosts=hosts)
+        address = f"http://127.0.0.1:{port}/?token={token}"
+        if flags.json:
+            sys.stdout.write(json.dumps({"name": found.name, "address": address}) + "\n")
+        else:
+            sys.stdout.write(f"{found.name} is shown at\n\n  {address}\n\nCtrl-C ends it.\n")
+        sys.stdout.flush()
+        if flags.browser:
+            import webbrowser
 
-        webbrowser.open(address)
-    server = uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False))
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
+            webbrowser.open(address)
+        server = uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False))
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
     return 0
 
 
