@@ -836,6 +836,53 @@ def test_stop_and_go_on(tmp_path: Path) -> None:
         assert page.post("/learning/resume", []).status == 409
 
 
+def test_a_run_that_goes_on_is_not_changed(page: Client, run: Path) -> None:
+    """Its next checkpoint would bring back what was forgotten."""
+    item = page.get("/api/items/3").json
+    other = item["label"] + (1 if item["label"] % 2 == 0 else -1)
+    before = learner_file(run).read_bytes()
+    with runs.claimed(run):
+        for path, fields in (
+            ("/changes/forget", [("items", 3), ("sure", "forget")]),
+            ("/changes/relabel", [("to-3", other)]),
+            ("/changes/regularise", [("precision", 2.0)]),
+        ):
+            found = page.post(path, [*fields, ("version", 1)])
+            assert found.status == 409, path
+            assert "the run goes on" in found.words
+        added = page.upload("/changes/add", {"version": "1"}, "more.npz", b"")
+        assert added.status == 409
+    assert page.get("/api/jobs/1").status == 404
+    assert page.get("/api/memory").json["total"] == 40
+    assert learner_file(run).read_bytes() == before
+
+
+def test_while_examples_are_forgotten_the_run_does_not_go_on(
+    page: Client, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "result.json").unlink()  # as if it had been stopped
+    begun, go_on = threading.Event(), threading.Event()
+    erase = jobs._erase
+
+    def slowly(*args: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        erase(*args)
+
+    monkeypatch.setattr(jobs, "_erase", slowly)
+    page.post("/changes/forget", [("items", 3), ("sure", "forget"), ("version", 1)])
+    assert begun.wait(60)
+    with pytest.raises(UsageError, match="another lifelong run"), runs.claimed(run):
+        pass
+    assert "It does not go on now" in page.get("/learning/now").words
+    for path in ("/learning/resume", "/learning/stop"):
+        assert page.post(path, []).status == 409
+    go_on.set()
+    assert page.job()["state"] == "done"
+    with runs.claimed(run):
+        pass
+
+
 def test_the_time_that_is_left() -> None:
     def line(minute: int, said: str) -> str:
         return f"2026-01-01T10:{minute:02}:00+00:00 {said}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import lifelong
-from lifelong import Categorical, Examples, Memory, cli
+from lifelong import Categorical, Examples, Memory, cli, runs
 from lifelong.commands import memory as commands
 from lifelong.commands.flags import parse
 from lifelong.learner import CHECKPOINT, Learner
@@ -408,6 +409,23 @@ def test_forget(command: Command, store: Path, run: Path, monkeypatch: pytest.Mo
     assert "mine.txt was not looked into" in err
     with open_store(store, "r") as opened:
         assert opened.count(Where()) == 2
+
+
+def test_forget_refuses_a_run_that_goes_on(
+    command: Command, store: Path, run: Path, tmp_path: Path
+) -> None:
+    """Its next checkpoint would hold the items again."""
+    shutil.copytree(run, tmp_path / "run")
+    asked = ("forget", store, "--ids", "2", "--yes", "--run", tmp_path / "run")
+    with runs.claimed(tmp_path / "run"):
+        code, out, err = command(*asked)
+        assert (code, out) == (2, "")
+        assert f"a run goes on in {tmp_path / 'run'}: let it end" in err
+    with open_store(store, "r") as opened:
+        assert opened.count() == 8
+    assert command(*asked)[0] == 0  # once it has ended
+    with open_store(store, "r") as opened:
+        assert opened.count() == 7
 
 
 def test_forgetting_tells_of_a_prior_that_learned(

@@ -13,7 +13,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ..adapted_runs import Add, Certifying, Change, Regularise, Relabel, Remove, adapt
 from ..checkpoint import write
 from ..run_memory import learner_file, prior_in
-from ..runs import LOCK, claimed
+from ..runs import LOCK, claimed, is_going_on
 from . import measures
 from .workspace import Step, Workspace
 
@@ -90,10 +90,16 @@ class Jobs:
 
     def ask(self, kind: str, given: dict[str, Any], seen: int | None) -> Job:
         """Write a job down. seen: the store's version as the asker saw it; None for a job that
-        changes nothing. Raises ChangedMeanwhileError."""
+        changes nothing. Raises ChangedMeanwhileError, also while the run goes on."""
+        run = self.workspace.run
         with self.lock:
             if any(not job.over for job in self.all.values()):
                 raise ChangedMeanwhileError("another change is being made; wait until it is done")
+            if seen is not None and run is not None and is_going_on(run):
+                raise ChangedMeanwhileError(
+                    "the run goes on, and its next checkpoint would undo the change; let it end, "
+                    "or stop it on the page Learning, then ask again"
+                )
             if seen is not None:
                 self._require_unchanged(seen)
             number = max(self.all, default=0) + 1
@@ -201,7 +207,14 @@ def _summed_up(run: Path) -> dict[str, Any]:
 
 
 def _forget(jobs: Jobs, job: Job) -> None:
-    """Take the influence of items out of network and prior (of a run), then erase them."""
+    """Take the influence of items out of network and prior (of a run), then erase them. Meanwhile
+    the run does not go on: its next checkpoint would hold them again."""
+    run = jobs.workspace.run
+    with nullcontext() if run is None else claimed(run):
+        _forgotten(jobs, job)
+
+
+def _forgotten(jobs: Jobs, job: Job) -> None:
     numbers: list[int] = job.given["items"]
     tasks: dict[str, list[int]] = job.given["tasks"]
     place = jobs.workspace

@@ -499,7 +499,7 @@ def _learning(app: App) -> dict[str, Any]:
     measured = app.measures()
     return {
         "run": found,
-        "going": runs.is_going_on(run),
+        "going": runs.is_going_on(run) and not _is_forgetting(app),
         "reliability": learning.reliability(measured),
         "fidelity": learning.fidelity(measured),
         "legend": learning.fidelity_legend(measured),
@@ -591,12 +591,15 @@ def _changes(api: FastAPI, app: App) -> None:
 
     @post("/learning/stop")
     def stop() -> Response:
-        runs.ask_to_stop(_require_run(app))
+        run = _require_run(app)
+        _require_not_held(app)
+        runs.ask_to_stop(run)
         return RedirectResponse("/learning", 303)
 
     @post("/learning/resume")
     def resume() -> Response:
         run = _require_run(app)
+        _require_not_held(app)
         if runs.is_going_on(run):
             raise HTTPException(409, "It goes on already.")
         if learning.learning(run, run.name).finished:
@@ -700,6 +703,16 @@ def _seen(app: App, version: int) -> MemoryStore:
 def _require_idle(app: App) -> None:
     if any(not job.over for job in app.jobs.newest_first()):
         raise HTTPException(409, "Another change is being made; wait until it is done.")
+
+
+def _is_forgetting(app: App) -> bool:
+    """Then it is the page itself that holds the run."""
+    return any(job.kind == "forget" and not job.over for job in app.jobs.newest_first())
+
+
+def _require_not_held(app: App) -> None:
+    if _is_forgetting(app):
+        raise HTTPException(409, "Examples are being forgotten; wait until that is done.")
 
 
 def _require_run(app: App) -> Path:

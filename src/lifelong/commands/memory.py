@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -571,10 +571,21 @@ GOING_ON = "No run may be going on in {runs}: a checkpoint that is being written
 
 
 def _forget(flags: Forget) -> int:
-    which = _which(flags, "forget")
+    from ..runs import LOCK, claimed
+
     for run in flags.run:
         if not run.is_dir():
             raise UsageError(f"--run {run}: there is no such folder")
+    with ExitStack() as held:
+        for run in dict.fromkeys(path.resolve() for path in flags.run):
+            if (run / LOCK).exists():  # of lifelong run; other folders have none
+                going = f"a run goes on in {run}: let it end, or stop it, then forget"
+                held.enter_context(claimed(run, going))
+        return _forgotten(flags)
+
+
+def _forgotten(flags: Forget) -> int:
+    which = _which(flags, "forget")
     with _reading(flags.store) as store:
         what = _what(store, flags, which)
     runs = ", ".join(str(run) for run in flags.run)
