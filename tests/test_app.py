@@ -431,12 +431,12 @@ def test_a_server_that_is_killed_goes_on(
         seen = store.version
     given = {"items": [3, 30], "tasks": jobs.by_task(chosen), "note": ""}
     asked = replace(Job(1, "forget", given), state="running")
-    where = {"before": "adapt", "adapted": "prior_in", "taken": "_erase", "erased": "_clear"}[stop]
+    where = {"before": "adapt", "adapted": "save", "taken": "_erase", "erased": "_clear"}[stop]
     journal = Jobs(place)
     journal.close()
     journal._keep(asked)
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, where, kill)
+        patch.setattr(Workspace if where == "save" else jobs, where, kill)
         with pytest.raises(Killed):
             jobs.KINDS["forget"](journal, asked)
     again = Jobs(place)
@@ -563,12 +563,13 @@ def test_each_seed_has_a_memory_of_its_own(tmp_path: Path) -> None:
     assert wanted[0] != wanted[1]
 
 
-def adapted(place: Workspace, precision: float) -> Job:
+def adapted(place: Workspace, precision: float, number: int = 1) -> Job:
     """Once it is over."""
     journal = Jobs(place)
     with place.open() as store:
-        number = journal.ask("regularise", {"precision": precision}, store.version).number
+        asked = journal.ask("regularise", {"precision": precision}, store.version)
     journal.close()
+    assert asked.number == number
     assert journal.get(number).state == "done", journal.get(number).said
     return journal.get(number)
 
@@ -584,7 +585,7 @@ def test_both_folders_can_be_moved(run: Path, tmp_path: Path) -> None:
     with moved.open() as store:
         assert store.version == 2  # nothing was brought in once more
     assert measures.load(moved.place, moved.run, None) is not None
-    adapted(moved, 0.2)
+    adapted(moved, 0.2, 2)
     assert moved.current == moved.place / "2-0"
 
 
@@ -624,6 +625,52 @@ def test_where_nobody_can_write_there_is_still_something_to_see(
     with served(place) as page:
         assert page.get("/api/memory").json["total"] == 6
     assert not place.place.exists()
+
+
+def test_what_is_dropped_stays_dropped_over_changes(run: Path) -> None:
+    """Until the version before the drop is made today's, over any number of changes between."""
+    place = workspace(run)
+    with place.open("a") as store:
+        every = places_in(store.memory())
+        gone = {(i.task, i.origin) for i in store.items(limit=3)}
+        store.drop([1, 2, 3])
+    for number in (1, 2):
+        said = adapted(place, 0.1 * number, number).said
+        assert "3 that were dropped before stay out of the memory" in said[0]
+        with place.open() as store:
+            assert places_in(store.memory()) == every - gone
+            assert places_in(store.load_prior().memory) == every - gone
+            assert store.history()[-1].message.endswith("without 3 dropped before")
+    with served(place) as page:
+        page.post("/changes/drop", [("items", 9), ("version", 4)])
+        assert page.post("/changes/restore", [("to", 3), ("version", 5)]).status == 200
+        assert place.current == place.place / "1-0"
+    adapted(place, 0.3, 3)  # the ninth was had back, the three were not
+    with place.open() as store:
+        assert places_in(store.memory()) == every - gone
+    with served(place) as page:
+        assert page.post("/changes/restore", [("to", 1), ("version", 7)]).status == 200
+    assert adapted(place, 0.4, 4).said == ("fitted again",)
+    with place.open() as store:
+        assert places_in(store.memory()) == every
+
+
+def test_what_is_dropped_stays_dropped_when_the_run_has_gone_on(run: Path) -> None:
+    place = workspace(run)
+    with place.open("a") as store:
+        store.drop([1, 2, 3])
+        left = places_in(store.memory())
+    for time_ns in (10**18, 2 * 10**18):  # of another checkpoint, twice
+        os.utime(learner_file(run), ns=(time_ns, time_ns))
+        with workspace(run).open("a") as store:
+            assert places_in(store.memory()) == left
+            version = store.version
+    assert version == 4
+    with place.open("a") as store:
+        store.compact()
+    os.utime(learner_file(run), ns=(3 * 10**18, 3 * 10**18))
+    with workspace(run).open() as store:
+        assert places_in(store.memory()) == left
 
 
 # ------------------------------------------------------------------------------- measuring, labels
@@ -745,7 +792,7 @@ def test_a_relabel_that_was_killed_goes_on(run: Path, monkeypatch: pytest.Monkey
     journal.close()
     journal._keep(asked)
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "prior_in", kill)
+        patch.setattr(Workspace, "save", kill)
         with pytest.raises(Killed):
             jobs.KINDS["relabel"](journal, asked)
     again = Jobs(place)

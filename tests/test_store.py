@@ -34,6 +34,7 @@ from lifelong.errors import (
 from lifelong.groups import Groups, Share
 from lifelong.kernel_methods import KernelPrior
 from lifelong.kernels import RBF
+from lifelong.run_memory import without
 from lifelong.store import MemoryStore, Where, open_store, read_export, scrub
 from lifelong.store.scrub import marginal
 from lifelong.terms import MemoryTerm, WeightTerm
@@ -536,6 +537,24 @@ def test_compacting_takes_dropped_items_out_of_a_kernels_file(store: MemoryStore
         assert [smaller] < sizes
     assert same(store.load_prior().state_dict(), before)
     assert store.verify().findings == ()
+
+
+@pytest.mark.parametrize("name", list(PRIORS))
+@pytest.mark.parametrize("places", [[1], slice(None), []])
+def test_a_prior_without_items_is_as_if_they_were_dropped(
+    tmp_path: Path, name: str, places: Any
+) -> None:
+    """Leaving out before it is saved = dropping afterwards."""
+    memory = PRIORS[name].memory
+    pairs = [] if memory is None else list(zip(memory.task.tolist(), memory.origin.tolist()))
+    gone = pairs[places] if isinstance(places, slice) else [pairs[i] for i in places if pairs]
+    with open_store(tmp_path / "store") as store:
+        store.save_prior(PRIORS[name])
+        numbers = [i.item for i in store.items() if (i.task, i.origin) in gone]
+        if numbers:
+            store.drop(numbers)
+        dropped = store.load_prior().state_dict()
+    assert same(without(PRIORS[name], gone).state_dict(), dropped)
 
 
 def test_marginals_are_exact_and_empty_blocks_go() -> None:

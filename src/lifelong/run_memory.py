@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from . import checkpoint
 from .config import UsageError
 from .errors import CheckpointError
 from .learner import CHECKPOINT
 from .prior import Prior
-from .store import open_store
+from .store import open_store, scrub
 
 _MARKS = ("config.toml", CHECKPOINT)
 
@@ -48,6 +52,20 @@ def prior_in(path: Path) -> Prior:
         return Prior.from_state_dict(state["prior"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds a prior that cannot be read ({error!r})") from error
+
+
+def without(prior: Prior, places: Collection[tuple[int, int]]) -> Prior:
+    """The prior whose memory has no items of these (task, origin), as a store gives it back after
+    they were dropped: what they put into g, G and the anchor stays."""
+    if not places:
+        return prior
+
+    def fewer(holder: dict[str, Any]) -> dict[str, Any]:
+        memory = holder["memory"]
+        pairs = zip(memory["task"].tolist(), memory["origin"].tolist(), strict=True)
+        return scrub.select(holder, torch.tensor([pair not in places for pair in pairs]).bool())
+
+    return Prior.from_state_dict(scrub.map_memories(prior.state_dict(), fewer))
 
 
 def import_prior(path: Path, store: str, *, message: str, readmit: bool = False) -> tuple[int, int]:

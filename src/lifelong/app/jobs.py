@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ..adapted_runs import Add, Certifying, Change, Regularise, Relabel, Remove, adapt
 from ..checkpoint import write
-from ..run_memory import learner_file, prior_in
+from ..run_memory import learner_file
 from ..runs import LOCK, claimed, is_going_on
 from . import measures
 from .workspace import Step, Workspace
@@ -180,14 +180,17 @@ class Jobs:
         return out
 
     def take_over(self, job: Job, run: Path) -> int:
-        """The store has this run's prior and memory from now on; its version."""
-        step = next((s for s in self.workspace.steps if s.run == run.name), None)
+        """The store has this run's prior and memory from now on, but for what was dropped; its
+        version."""
+        place = self.workspace
+        step = next((s for s in place.steps if s.run == run.name), None)
         if step is not None:
             return step.version
-        prior = prior_in(learner_file(run, self.workspace.seed))
-        with self.workspace.open("a") as store:
-            version = store.save_prior(prior, message=_named(job))
-        self.workspace.record(Step(_named(job), version, run.name))
+        version, left_out = place.save(learner_file(run, place.seed), _named(job))
+        place.record(Step(_named(job), version, run.name, left_out))
+        if left_out:
+            self._say(job.number, f"{len(left_out)} that were dropped before stay out of the "
+                      "memory; the network knows them still")  # fmt: skip
         return version
 
 

@@ -548,9 +548,10 @@ def _changes(api: FastAPI, app: App) -> None:
         then = app.workspace.at(to)
         with _seen(app, version) as store:
             after = store.restore(to, message=f"as version {to}")
+            left_out = app.workspace.dropped(store, then)
         if app.workspace.steps:
             run = None if then is None else then.run
-            app.workspace.record(Step(f"as version {to}", after, run))
+            app.workspace.record(Step(f"as version {to}", after, run, left_out))
         app.forget_pictures()
         return RedirectResponse("/changes", 303)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..checkpoint import write
 from ..config import UsageError
 from ..errors import StoreError
 from ..learner import CHECKPOINT
-from ..run_memory import import_prior, is_run, learner_file
+from ..run_memory import is_run, learner_file, prior_in, without
 from ..runs import CONFIG, LOG, load_config
 from ..store import MemoryStore, open_store
 
@@ -30,12 +31,18 @@ _STATE = "state.json"
 @dataclass(frozen=True)
 class Step:
     """One change that the page made, or the import before the first. version: of the store after
-    it; run: the folder, within the page's own, of the run in force then; None for the run itself.
-    """
+    it; run: the folder, within the page's own, of the run in force then; None for the run itself;
+    left_out: (task, origin) of what that run remembers and the version does not: it was dropped."""
 
     what: str
     version: int
     run: str | None
+    left_out: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Step:
+        places = tuple((task, origin) for task, origin in content.get("left_out", ()))
+        return cls(**{**content, "left_out": places})
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,28 @@ class Workspace:
 
     @property
     def steps(self) -> list[Step]:
-        return [Step(**step) for step in self._state().get("steps", [])]
+        return [Step.of(step) for step in self._state().get("steps", [])]
 
     def at(self, version: int | None = None) -> Step | None:
-        """The change whose run was in force at a version, by default now; None before the first."""
+        """The change, or the import, whose run was in force at a version, by default now."""
         steps = [s for s in self.steps if version is None or s.version <= version]
-        return steps[-1] if steps else None
+        if steps:
+            return steps[-1]
+        imported = self._state().get("imported")
+        return None if imported is None else Step.of(imported["step"])
+
+    def dropped(self, store: MemoryStore, since: Step | None) -> tuple[tuple[int, int], ...]:
+        """(task, origin) of what the run in force since then remembers, and today's memory not.
+
+        Of versions that ``compact`` gave up only what the oldest that is kept still held.
+        """
+        if since is None:
+            return ()
+        first = max(since.version, store.history()[0].number)
+        if not since.left_out and not store.diff(first, store.version).dropped:
+            return ()
+        held = _places(store, first).union(since.left_out)
+        return tuple(sorted(held - _places(store, store.version)))
 
     @property
     def current(self) -> Path | None:
@@ -108,6 +131,16 @@ class Workspace:
         known = dict.fromkeys(self.place / s.run for s in self.steps if s.run is not None)
         return [self.run, *(path for path in known if path.is_dir())]
 
+    def save(self, path: Path, message: str) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Make a learner's prior and memory today's, but for what was dropped, which is as the
+        user wants it: (the new version, what was left out)."""
+        prior = prior_in(path)
+        with self.open("a") as store:
+            left_out = self.dropped(store, self.at())
+            if left_out:
+                message += f", without {len(left_out)} dropped before"
+            return store.save_prior(without(prior, left_out), message=message), left_out
+
     # ------------------------------------------------------------ whose files these are
 
     def tie(self) -> None:
@@ -130,6 +163,16 @@ class Workspace:
                 )
         if {**kept, **now} != kept:
             self._keep(of={**kept, **now})
+
+
+def _places(store: MemoryStore, version: int) -> set[tuple[int, int]]:
+    """(task, origin) of a version's items."""
+    found: set[tuple[int, int]] = set()
+    after = 0
+    while page := store.items(version=version, after=after):
+        found.update((item.task, item.origin) for item in page)
+        after = page[-1].item
+    return found
 
 
 def _identity(run: Path) -> str:
@@ -203,9 +246,10 @@ def refresh(found: Workspace) -> None:
             raise  # there are others
         return
     stamp = {"file": path.relative_to(found.run).as_posix(), "time": path.stat().st_mtime_ns}
-    if found._state().get("imported") == stamp:
+    before = found._state().get("imported", {})
+    if {name: before.get(name) for name in stamp} == stamp:
         return
     found.place.mkdir(parents=True, exist_ok=True)
-    import_prior(path, found.store, message=f"imported from {found.run.name}")
-    found._keep(imported=stamp)
+    version, left_out = found.save(path, f"imported from {found.run.name}")
+    found._keep(imported={**stamp, "step": asdict(Step("import", version, None, left_out))})
     found.tie()
