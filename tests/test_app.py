@@ -413,6 +413,50 @@ def test_added_examples_are_learned(page: Client, tmp_path: Path) -> None:
     assert "Failed" in page.get("/jobs/2").words
 
 
+def test_no_upload_lies_on(page: Client, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload that failed can be tried again as long as it is the newest change; no longer."""
+    folder = workspace(run).place
+
+    def uploads() -> int:
+        return len(list(folder.glob("upload-*")))
+
+    def refused(*args: Any, **options: Any) -> Any:
+        raise OSError("no space left on device")
+
+    assert page.upload("/changes/add", {"version": "99"}, "a.npz", b"not yet").status == 409
+    assert uploads() == 0
+    page.upload("/changes/add", {"version": "1"}, "a.npz", b"not a file of numbers")
+    assert page.job()["state"] == "failed"
+    assert uploads() == 1
+    assert page.post("/jobs/1/again", []).status == 200
+    assert page.job()["state"] == "failed"
+    assert uploads() == 1
+    page.post("/changes/forget", [("items", 3), ("sure", "forget"), ("version", 1)])
+    assert page.job(2)["state"] == "done"
+    assert uploads() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", refused)
+        answer = page.upload("/changes/add", {"version": "3"}, "a.npz", b"does not fit")
+        assert answer.status == 500
+    assert uploads() == 0
+
+
+def test_uploads_of_a_server_that_was_killed_go(run: Path) -> None:
+    place = workspace(run)
+    for name in ("upload-1.npz", "upload-2.npz"):
+        (place.place / name).write_bytes(b"not a file of numbers")
+    journal = Jobs(place)
+    journal.close()
+    assert not list(place.place.glob("upload-*"))
+    (place.place / "upload-2.npz").write_bytes(b"not a file of numbers")
+    journal._keep(Job(1, "add", {"file": "upload-2.npz"}))
+    for _ in range(2):  # the second one could be asked to try again
+        journal = Jobs(place)
+        journal.close()
+        assert journal.get(1).state == "failed"
+        assert [path.name for path in place.place.glob("upload-*")] == ["upload-2.npz"]
+
+
 @pytest.mark.parametrize("stop", ["before", "adapted", "taken", "erased"])
 def test_a_server_that_is_killed_goes_on(
     run: Path, stop: str, monkeypatch: pytest.MonkeyPatch

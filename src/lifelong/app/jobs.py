@@ -29,6 +29,7 @@ from .workspace import Step, Workspace
 
 State = Literal["waiting", "running", "done", "failed"]
 JOURNAL = "jobs.json"
+UPLOAD = "upload-"  # how the files begin that a job is to learn from
 
 
 class ChangedMeanwhileError(ValueError):
@@ -76,6 +77,7 @@ class Jobs:
                 place.tie()
             self.all: dict[int, Job] = {job.number: job for job in self._read()}
             self._held = held.pop_all()
+        self._remove_uploads()
         for job in self.all.values():
             if not job.over:  # of a server that was killed
                 self.waiting.put(job.number)
@@ -105,6 +107,7 @@ class Jobs:
             number = max(self.all, default=0) + 1
             time = datetime.now(UTC).isoformat(timespec="seconds")
             job = self._keep(Job(number, kind, given, started=time))
+            self._remove_uploads()
         self.waiting.put(number)
         return job
 
@@ -118,6 +121,19 @@ class Jobs:
                 )
             self._keep(replace(self.all[number], state="waiting"))
         self.waiting.put(number)
+
+    def _remove_uploads(self) -> None:
+        """Those of no job that goes on, or can be tried again; what is forgotten must not lie on
+        in one."""
+        newest = max(self.all, default=0)
+        needed = {
+            job.given.get("file")
+            for job in self.all.values()
+            if not job.over or (job.number == newest and job.state == "failed")
+        }
+        for path in self.workspace.place.glob(f"{UPLOAD}*"):
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
     def _require_unchanged(self, seen: int) -> None:
         with self.workspace.open() as store:

@@ -33,7 +33,7 @@ from ..errors import StoreError
 from ..report.table import bytes_text, seconds_text
 from ..store import Item, MemoryStore
 from . import index, learning, measures
-from .jobs import ChangedMeanwhileError, Job, Jobs, by_task
+from .jobs import UPLOAD, ChangedMeanwhileError, Job, Jobs, by_task
 from .safety import Gate
 from .workspace import Step, Workspace, refresh
 
@@ -620,13 +620,13 @@ def _changes(api: FastAPI, app: App) -> None:
         if suffix not in (".npz", ".parquet"):
             raise HTTPException(422, "Expected a .npz or .parquet file with inputs and labels.")
         app.workspace.place.mkdir(parents=True, exist_ok=True)
-        path = app.workspace.place / f"upload-{secrets.token_hex(8)}{suffix}"
-        with path.open("wb") as out:
-            shutil.copyfileobj(file.file, out)
+        path = app.workspace.place / f"{UPLOAD}{secrets.token_hex(8)}{suffix}"
         try:
+            with path.open("wb") as out:
+                shutil.copyfileobj(file.file, out)
             return _asked(app, "add", {"file": path.name}, version)
-        except HTTPException:
-            path.unlink()
+        except BaseException:  # no job will ever remove it
+            path.unlink(missing_ok=True)
             raise
 
 
