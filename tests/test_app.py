@@ -605,6 +605,11 @@ def test_each_seed_has_a_memory_of_its_own(tmp_path: Path) -> None:
         wanted.append(places_in(prior_in(learner_file(tmp_path / "run", seed)).memory))
         assert shown == wanted[-1]
     assert wanted[0] != wanted[1]
+    with served(workspace(tmp_path / "run", 0)) as page:
+        version = page.get("/memory").value("version")
+        page.post("/changes/forget", [("items", 1), ("sure", "forget"), ("version", version)])
+        said = page.job(2)["said"]
+    assert said[-2].endswith(f"forget them there too (lifelong ui {tmp_path / 'run'} --seed 1)")
 
 
 def adapted(place: Workspace, precision: float, number: int = 1) -> Job:

@@ -258,6 +258,9 @@ def _forgotten(jobs: Jobs, job: Job) -> None:
         jobs._say(job.number, f"the weights in {place.run} itself had learned from them and are "
                   "left as they are, with its logs and settings: remove that folder once you need "
                   f"it no more, and open {run} instead")  # fmt: skip
+    for other in place.other_seeds():
+        jobs._say(job.number, "the page's memory of another seed may hold them: forget them there "
+                  f"too (lifelong ui {place.run} --seed {other})")  # fmt: skip
     result = jobs.get(job.number).result or {"items": len(numbers), "changes": []}
     jobs._say(job.number, f"{len(numbers)} erased", result=result, done=len(tasks) + 1)
 

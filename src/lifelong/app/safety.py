@@ -2,9 +2,9 @@
 
 A page in another tab must not read what a model remembers, nor make it forget. So each request is
 checked, before anything else sees it: the Host (a name that another site points at this machine is
-refused), the token (in a cookie that only this site gets, set by the address that the terminal
-prints), and for whatever could change something, the Origin. Answers forbid scripts, frames and
-whatever else does not come from here.
+refused), the token (in a cookie, set by the address that the terminal prints; browsers send it to
+other ports of this machine too, so only a server here could read it), and for whatever could change
+something, the Origin. Answers forbid scripts, frames and whatever else does not come from here.
 """
 
 from __future__ import annotations

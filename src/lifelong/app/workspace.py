@@ -141,6 +141,14 @@ class Workspace:
                 message += f", without {len(left_out)} dropped before"
             return store.save_prior(without(prior, left_out), message=message), left_out
 
+    def other_seeds(self) -> list[int]:
+        """Those of the same run whose memory the page has shown."""
+        if self.seed is None:
+            return []
+        found = self.place.parent.glob("seed-*/memory")
+        numbers = [path.parent.name.removeprefix("seed-") for path in found]
+        return sorted({int(n) for n in numbers if n.isdecimal()} - {self.seed})
+
     # ------------------------------------------------------------ whose files these are
 
     def tie(self) -> None:
