@@ -40,10 +40,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Gate:
-    """An ASGI application in front of another one."""
+    """An ASGI application in front of another one. close: lets go of what that one holds; its
+    lifespan does so too, where a server has begun it."""
 
-    def __init__(self, app: Any, *, token: str, hosts: frozenset[str]) -> None:
-        self.app, self.token, self.hosts = app, token, hosts
+    def __init__(
+        self, app: Any, *, token: str, hosts: frozenset[str], close: Callable[[], None]
+    ) -> None:
+        self.app, self.token, self.hosts, self.close = app, token, hosts, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

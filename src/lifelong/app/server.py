@@ -177,7 +177,7 @@ def make(workspace: Workspace, *, token: str, hosts: frozenset[str]) -> Gate:
     _changes(api, app)
     _programs(api, app)
     _errors(api, app)
-    return Gate(api, token=token, hosts=hosts)
+    return Gate(api, token=token, hosts=hosts, close=app.jobs.close)
 
 
 def new_token() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +79,7 @@ def ui(args: list[str]) -> int:
 
             webbrowser.open(address)
         server = uvicorn.Server(uvicorn.Config(served, log_level="warning", access_log=False))
-        with suppress(KeyboardInterrupt):
+        with closing(served), suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
     return 0
 
