@@ -44,13 +44,13 @@ def _accuracies(folder: Path | None, memory: int) -> dict[str, str]:
     """method -> mean ± standard error in %, at this memory or at none."""
     rows = [] if folder is None else _read(folder / "result.json").get("rows", [])
     return {
-        row["method"]: _percent(row["accuracy"])
+        row["method"]: percent(row["accuracy"])
         for row in rows
         if "accuracy" in row and row["memory"] in (0, memory)
     }
 
 
-def _percent(value: Mapping[str, Any]) -> str:
+def percent(value: Mapping[str, Any]) -> str:
     error = value["standard_error"]
     spread = "" if error is None else f" ± {100 * error:.2f}"
     return f"{100 * value['mean']:.2f}{spread}"

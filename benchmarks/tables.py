@@ -25,7 +25,7 @@ from lifelong.bench.goals import goal_text, judge, verdict_text
 from lifelong.bench.table import Goal, Published, Table
 from lifelong.bench.tables import tables
 
-from . import prior_page
+from . import prior_page, stream_pages
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -269,8 +269,8 @@ def demo_table(results: Path = RESULTS) -> str:
 
 
 def readmes(results: Path = RESULTS) -> dict[Path, str]:
-    """What stands in the README files and in docs/which-prior.md, with the generated parts as the
-    records have them."""
+    """What stands in the README files and in the pages of docs that have generated parts, with
+    those as the records have them."""
     known = list(tables().values())
     parts = [goals(known, results), *(section(table, results) for table in known)]
     tags = "; ".join(f"[{tag}] {what}" for tag, what in TAGS.items())
@@ -278,20 +278,37 @@ def readmes(results: Path = RESULTS) -> dict[Path, str]:
     here, top = HERE / "README.md", HERE.parent / "README.md"
     folders = {table.name: newest(table.name, results) for table in known}
     there = {name: folder for name, folder in folders.items() if folder is not None}
-    link, page = "../benchmarks/results", HERE.parent / "docs" / "which-prior.md"
-    prior = _filled(page.read_text(), "overview", prior_page.overview(known, there, link))
-    prior = _filled(prior, "cost", prior_page.cost(results, link))
-    prior = _filled(prior, "ablation", prior_page.ablation(known, there, link))
+    link, docs = "../benchmarks/results", HERE.parent / "docs"
     linked = goals(known, results).replace("](results/", "](benchmarks/results/")
-    text = _filled(top.read_text(), "results", linked)
-    return {
-        here: _filled(here.read_text(), "tables", "\n\n".join(parts)),
-        top: _filled(text, "demo", demo_table(results)),
-        page: prior,
+    by_name = {table.name: table for table in known}
+
+    def once(name: str, classes: int, unit: str) -> str:
+        return stream_pages.seen_once(by_name[name], folders[name], classes, unit)
+
+    bodies: Mapping[Path, Mapping[str, str]] = {
+        here: {"tables": "\n\n".join(parts)},
+        top: {"results": linked, "demo": demo_table(results)},
+        docs / "which-prior.md": {
+            "overview": prior_page.overview(known, there, link),
+            "cost": prior_page.cost(results, link),
+            "ablation": prior_page.ablation(known, there, link),
+        },
+        docs / "seen-once.md": {
+            "animals": once("animals", 39, "photos"),
+            "clinc150": once("clinc150", 150, "texts"),
+        },
+        docs / "task-free.md": {"elec2": stream_pages.task_free(folders["elec2"])},
     }
+    return {page: _filled(page.read_text(), of) for page, of in bodies.items()}
 
 
-def _filled(text: str, name: str, body: str) -> str:
+def _filled(text: str, bodies: Mapping[str, str]) -> str:
+    for name, body in bodies.items():
+        text = _with(text, name, body)
+    return text
+
+
+def _with(text: str, name: str, body: str) -> str:
     start, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, rest = text.split(start)
     return f"{head}{start}\n{body}\n{end}{rest.split(end)[1]}"

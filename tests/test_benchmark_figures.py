@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from lifelong.presets import PRESETS
 
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).parent.parent))  # however pytest was started
-from benchmarks import fromp_toy, memorable, prior_page, record_pictures, step_cost
+from benchmarks import (
+    fromp_toy,
+    memorable,
+    prior_page,
+    record_pictures,
+    step_cost,
+    stream_pages,
+)
 
 
 def test_cost_of_steps(tmp_path: Path) -> None:
@@ -154,3 +162,47 @@ def test_page_shows_the_newest_cost(tmp_path: Path) -> None:
     text = prior_page.cost(tmp_path, "..")
     assert "| ewc | 0.50 |" in text
     assert "[Record](../2026-01-01_step-cost)" in text
+
+
+def row_of(method: str, memory: int, accuracy: list[float], **numbers: float) -> dict[str, Any]:
+    """A row of a record."""
+    of = {name: {"mean": value} for name, value in numbers.items()}
+    seeds = list(range(len(accuracy)))
+    return {
+        "method": method,
+        "memory": memory,
+        "seeds": seeds,
+        "accuracy": over_seeds(accuracy),
+    } | of
+
+
+def test_seen_once_has_every_row_at_the_memory_of_the_goal_best_first(tmp_path: Path) -> None:
+    kept = {"memory_examples": 6, "memory_bytes": 2.5e6}
+    rows = [
+        row_of("finetune", 0, [0.1], memory_examples=0, memory_bytes=0),
+        row_of("kprior", 4, [0.6, 0.8], **kept, forgetting=0.123),
+        row_of("kprior", 8, [0.9], **kept),
+        {"method": "derpp", "memory": 4, "seeds": [], "failed": [{"seed": 0, "error": "no"}]},
+    ]
+    (tmp_path / "result.json").write_text(json.dumps({"rows": rows}))
+    table = table_of("t", Method("kprior", "kprior"), goals=(Goal("kprior", 4),))
+    assert stream_pages.seen_once(table, tmp_path, 3, "texts").splitlines() == [
+        "| method | texts of each class | accuracy, % | forgetting | kept, MB | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| K-prior, N/M | 2 | 70.00 ± 10.00 | 12.3 | 2.5 | 2 |",
+        "| nothing kept | 0 | 10.00 |  | 0.0 | 1 |",
+    ]
+    assert stream_pages.seen_once(table, None, 3, "texts") == "No record yet."
+
+
+def test_task_free_has_a_contestant_s_two_rows_beside_each_other(tmp_path: Path) -> None:
+    rest = {"accuracy_rest": over_seeds([0.25])}
+    rows = [row_of("tree", 0, [0.5]) | rest, row_of("tree, past labels", 0, [0.5, 0.7]) | rest]
+    (tmp_path / "result.json").write_text(
+        json.dumps({"rows": [*rows, row_of("last", 0, [1]) | rest]})
+    )
+    assert stream_pages.task_free(tmp_path).splitlines()[2:] == [
+        "| tree | 50.00 | 25.00 | 1 | 60.00 ± 10.00 | 25.00 | 2 |",
+        "| last | 100.00 | 25.00 | 1 |  |  |  |",
+    ]
+    assert stream_pages.task_free(None) == "No record yet."
