@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lifelong
+from lifelong import cli
 from lifelong.models import parameters
 from lifelong.presets import PRESETS
 
@@ -211,6 +213,24 @@ def test_flags_of_the_command_line_exist() -> None:
     flags = {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}
     assert flags
     assert [flag for flag in sorted(flags) if flag not in result.stdout] == []
+
+
+def test_commands_run_one_after_another_in_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand but for the data set, the training's length, and what serves or takes long."""
+    monkeypatch.chdir(tmp_path)
+    ran = set()
+    for _, code in blocks(README, "bash"):
+        for line in code.splitlines():
+            program, *words = shlex.split(line.partition(">")[0], comments=True) or [""]
+            if program != "lifelong" or words[0] in ("ui", "bench"):
+                continue
+            told = " ".join(words).replace("split-mnist --data data", "split-digits")
+            words = told.split() + (["--epochs", "1"] if "--benchmark" in words else [])
+            assert cli.main(words) == 0, line
+            ran.add(words[0])
+    assert ran == {"run", "report", "certificate", "adapt", "memory"}
 
 
 # -------------------------------------------------------------------- the examples

@@ -1,4 +1,4 @@
-"""The demo: ten handwritten digits, two at a time, learned with six methods; a table and a page.
+"""The demo: ten handwritten digits, two at a time, learned with five methods; a table and a page.
 
     found = learn(seeds=range(3))
     write(found, Path("runs/demo/report.html"))
