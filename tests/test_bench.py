@@ -280,7 +280,64 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     assert rows[2]["failed"] == [{"seed": 0, "error": "its process ended with code 7"}]
 
 
+def half(table: Table, cell: Cell, context: Context) -> dict[str, Any]:
+    """Its first process leaves a checkpoint and no more."""
+    if cell.seed == 1 and not any(context.folder.iterdir()):
+        (context.folder / "checkpoint").touch()
+        raise ValueError("ended")
+    return {"accuracy": 0.5}
+
+
+def test_a_cell_that_went_on_does_not_pass_for_one_that_took_less(tmp_path: Path) -> None:
+    both = replace(TOY, methods=TOY.methods[:1], run=half, seeds=2)
+    assert "cpu_seconds" in execute(both, tmp_path, jobs=1)["rows"][0]  # of the seed that is done
+    row = execute(both, tmp_path, jobs=1)["rows"][0]
+    assert row["seeds"] == [0, 1]
+    assert "cpu_seconds" not in row
+    assert "peak_memory" in row
+
+
+def test_versions_and_machine_are_of_a_call_that_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(TOY, tmp_path, seeds=1, jobs=0)
+    files = [tmp_path / record.VERSIONS, tmp_path / record.MACHINE]
+    before = [path.read_bytes() for path in files]
+    monkeypatch.setattr(record, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(runs, "versions", lambda: {"torch": "another"})
+    execute(TOY, tmp_path, seeds=1, jobs=0)
+    assert [path.read_bytes() for path in files] == before
+    execute(TOY, tmp_path, seeds=2, jobs=0)
+    assert all("another" in path.read_text() for path in files)
+
+
+def test_what_is_done_anew_has_no_number_meanwhile(tmp_path: Path) -> None:
+    execute(TOY, tmp_path, seeds=1, jobs=0)
+
+    def stop(status: Status) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(TOY, tmp_path, seeds=1, jobs=0, redo=["own"], watch=stop)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"plain", "keeps, some"}
+
+
 # Time left ----------------------------------------------------------------------------------------
+
+
+def test_in_this_process_cells_come_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    asked: list[int] = []
+    engine = importlib.import_module("lifelong.bench.execute")
+    monkeypatch.setattr(engine, "seconds_left", lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    execute(TOY, tmp_path, seeds=1, jobs=0, watch=lambda status: None)
+    assert set(asked) == {1}
+
 
 A = [Cell("t", "a", 0, seed) for seed in range(4)]
 B = [Cell("t", "b", 9, seed) for seed in range(4)]

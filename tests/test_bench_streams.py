@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,19 @@ def test_cells_that_would_train_the_same_first_task_are_not_begun_together(tmp_p
     wrong = replace(TABLE, methods=(Method("wrong", "ewc", {"strngth": 1}),))
     assert next_cell(replace(place, table=wrong), list(wrong.cells(seeds=1)), []) is not None
     assert next_cell(replace(place, table=replace(TABLE, run=cell)), waiting, running) is not None
+
+
+def test_seconds_of_the_tasks_outlive_a_write_that_is_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that cannot be read would fail its cell in every call that comes."""
+    context = Context(tmp_path, tmp_path)
+    streams._add_seconds(context, 0, 1.0)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="could not write"):
+        streams._add_seconds(context, 1, 2.0)
+    assert json.loads((tmp_path / streams._SECONDS).read_text()) == {"0": 1.0}

@@ -79,6 +79,7 @@ def execute(
     (``record.open_record``), or where another process writes to it.
     """
     table = table.tiny() if smoke else table
+    at_once = 1 if jobs == 0 else max(1, jobs or os.cpu_count() or 1)
     wanted = list(table.cells(methods, memories, seeds))
     with runs.claimed(out):
         record.open_record(out, table, smoke=smoke, redo=redo)
@@ -90,14 +91,15 @@ def execute(
         }
         durations = {cell: content["wall_seconds"] for cell, content in there.items()}
         waiting = [cell for cell in wanted if cell not in there]
+        if redo:
+            record.write_result(out, table)  # no number without its cell, also if this is killed
         if waiting:
+            record.write_origin(out)
             runs.log(out, f"started: {len(waiting)} of {len(wanted)} cells to compute")
         total, failed = len(wanted), 0
         done = total - len(waiting)
         states = (
-            _one_by_one(place, waiting)
-            if jobs == 0
-            else _in_processes(place, waiting, max(1, jobs or os.cpu_count() or 1))
+            _one_by_one(place, waiting) if jobs == 0 else _in_processes(place, waiting, at_once)
         )
         for running, ended in states:
             for content in ended:
@@ -114,7 +116,7 @@ def execute(
             if watch is not None:
                 at = {r.cell for r in running}
                 later = [cell for cell in waiting if cell not in at]
-                left = seconds_left(later, running, durations, max(1, jobs or os.cpu_count() or 1))
+                left = seconds_left(later, running, durations, at_once)
                 watch(Status(total, done, failed, tuple(running), tuple(ended), left))
         summary = record.write_result(out, table)
         if not failed:
@@ -187,7 +189,8 @@ def compute(
         return write(error=described(error, place))
     if fresh:
         result.setdefault("peak_memory", peak_memory())
-        result.setdefault("cpu_seconds", time.process_time())
+        if not resumed:  # the processor's time of an earlier process is not known
+            result.setdefault("cpu_seconds", time.process_time())
     content = write(result=result)
     shutil.rmtree(context.folder, ignore_errors=True)
     return content

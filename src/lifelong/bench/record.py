@@ -1,8 +1,8 @@
 """Records: the folder that a table leaves behind, and what it comes to.
 
 OUT/config.json     the table: rows and their settings, published numbers, goals
-OUT/versions.json   of everything that could change a number
-OUT/machine.json    processor, cores, memory
+OUT/versions.json   of everything that could change a number, when a cell was last computed
+OUT/machine.json    processor, cores, memory, at the same time
 OUT/log.txt         a line for each cell that started, ended or failed
 OUT/cells/*.json    one cell each: its definition, its result or its error, the git revision
 OUT/result.json     rows: mean, standard error and values over seeds; generated from the cells
@@ -132,9 +132,13 @@ def open_record(out: Path, table: Table, *, smoke: bool = False, redo: Sequence[
         if content["method"] in redo:
             cell_path(out, table, cell_of(content)).unlink()
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, _config(table, smoke, config))
+
+
+def write_origin(out: Path) -> None:
+    """What the cells that are computed now come from. A call that computes none leaves it."""
     write_json(out / VERSIONS, runs.versions())
     write_json(out / MACHINE, machine())
-    write_json(out / CONFIG, _config(table, smoke, config))
 
 
 def _read_config(out: Path) -> dict[str, Any] | None:

@@ -309,7 +309,7 @@ def _add_seconds(context: Context, task: int, seconds: float) -> None:
     """What training took of a task, on disk beside the checkpoint."""
     path = context.folder / _SECONDS
     found = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**found, str(task): seconds}))
+    checkpoint.write(path, json.dumps({**found, str(task): seconds}))
 
 
 def _step_seconds(learner: Learner, stream: TaskStream, context: Context) -> list[float | None]:
