@@ -92,6 +92,23 @@ def test_the_bytes_of_top_outputs_are_those_of_the_prior(name: str, top: int) ->
     assert planning.preset("ewc", work, top_outputs=top).recipe.top_outputs is None
 
 
+@pytest.mark.parametrize(
+    "name", ["recommended", "gradient_reconstruction", "experience_replay", "der"]
+)
+@pytest.mark.parametrize("total", [True, False, None])
+def test_the_bytes_of_one_memory_for_all_are_those_of_the_prior(
+    name: str, total: bool | None
+) -> None:
+    """The work's memory is that of all tasks, whether each has a part of its own or not."""
+    work = Work(tasks=3, examples=72, memory=12, head=2)
+    network = counted("small", lambda: small((5, 6, 6)), (5,), 20)
+    prior = after(name, small((5, 6, 6)), work, 5, 6, total=total)
+    assert prior.memory is not None
+    assert len(prior.memory) == work.memory
+    fresh = planning.preset(name, work, total=total)
+    assert planning.prior_bytes(fresh, network, work) == prior.num_bytes
+
+
 def prior_has_factors(prior: Prior) -> bool:
     return prior.recipe.structure == "kronecker"
 

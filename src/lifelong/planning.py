@@ -436,8 +436,8 @@ def task_traffic(prior: Prior, network: Network, work: Work) -> float:
 def preset(name: str, work: Work, **wanted: Any) -> Prior:
     """The preset with the work's memory: its share of each task, or all where it has one memory.
 
-    wanted: arguments for those presets that take them (estimator, top_outputs); None is the
-    preset's own choice. Raises ValueError with a suggestion for a name that is none.
+    wanted: arguments for those presets that take them (estimator, top_outputs, total); None is
+    the preset's own choice. Raises ValueError with a suggestion for a name that is none.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; " + suggestion(name, PRESETS))
@@ -445,11 +445,11 @@ def preset(name: str, work: Work, **wanted: Any) -> Prior:
 
     make: Callable[..., Prior] = PRESETS[name]
     offered = signature(make).parameters
-    options: dict[str, Any] = {}
+    options = {k: v for k, v in wanted.items() if v is not None and k in offered}
     if "memory" in offered:
-        total = "total" in offered and bool(offered["total"].default)
-        options["memory"] = max(1, round(work.memory if total else work.task_memory))
-    options |= {k: v for k, v in wanted.items() if v is not None and k in offered}
+        total = "total" in offered and options.get("total", offered["total"].default)
+        kept = max(1, round(work.memory if total else work.task_memory))
+        options = {"memory": kept, **options}
     return make(Categorical(), **options)
 
 
