@@ -58,6 +58,14 @@ def test_one_folder_holds_several_grids(tmp_path: Path) -> None:
     assert kept[0]["tried"][1]["accuracy"]["mean"] == pytest.approx(0.695)
 
 
+def test_points_are_compared_on_the_same_seeds(tmp_path: Path) -> None:
+    """A seed more costs 0.01 in each point, and strength 9 is 0.005 worse than 9.5."""
+    tune(TABLE, "k", {"strength": [9.5]}, tmp_path, seeds=3, jobs=0)
+    found = tune(TABLE, "k", {"strength": [9.5, 9]}, tmp_path, seeds=1, jobs=0)
+    assert found["chosen"] == {"strength": 9.5}
+    assert [len(t["accuracy"]["per_seed"]) for t in found["tried"]] == [1, 1]
+
+
 def test_a_stream_holds_its_own_data_out(tmp_path: Path) -> None:
     digits = table("split-digits")
     points = grid_table(digits, "ewc", {"strength": [1.0, 5.0]})

@@ -103,9 +103,9 @@ def tune(
 ) -> dict[str, Any]:
     """Compute the grid at ``memory`` (by default the table's first); what was tried, and the best.
 
-    The best has the highest mean accuracy over seeds; of equals the first. A point that failed
-    is listed with its error. Raises UsageError as ``grid_table`` and ``execute``, and where every
-    point failed.
+    The best has the highest mean accuracy over ``seeds`` seeds, of which an earlier grid may have
+    computed more; of equals the first. A point that failed is listed with its error. Raises
+    UsageError as ``grid_table`` and ``execute``, and where every point failed.
     """
     how: dict[str, Any] = {"validation": validation, "first_seed": first_seed, "seeds": seeds}
     points = grid_table(table, method, grid, **how)
@@ -117,8 +117,8 @@ def tune(
     tried = []
     for point in _points(grid):
         row = rows[_name(method, point)]
-        errors = [f["error"] for f in row["failed"]]
-        tried.append({**point, "accuracy": row.get("accuracy"), "errors": errors})
+        errors = [f["error"] for f in row["failed"] if f["seed"] < seeds]
+        tried.append({**point, "accuracy": _accuracy(row, seeds), "errors": errors})
     whole = [t for t in tried if t["accuracy"] is not None and not t["errors"]]
     if not whole:
         raise UsageError(f"every point of the grid failed: {tried[0]['errors'][0]}")
@@ -133,6 +133,13 @@ def tune(
     }
     _keep(out / TUNE, plain(found))
     return found
+
+
+def _accuracy(row: Mapping[str, Any], seeds: int) -> dict[str, Any] | None:
+    """Over the seeds that every point of the grid has; None where none is done."""
+    accuracies = row["accuracy"]["per_seed"] if row["seeds"] else []
+    same = [a for seed, a in zip(row["seeds"], accuracies, strict=True) if seed < seeds]
+    return record.over_seeds(same) if same else None
 
 
 def _keep(path: Path, found: dict[str, Any]) -> None:
