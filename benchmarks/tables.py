@@ -227,8 +227,8 @@ def _goal(table: Table, goal: Goal, rows: Sequence[Any], folder: Path | None) ->
     title = f"[{table.name}](results/{folder.name})" if folder else table.name
     reached = verdict_text(goal, verdict)
     wanted = {goal.method, *goal.of}
-    counts = [len(r["seeds"]) for r in rows if r["method"] in wanted and _at(r, goal.memory)]
-    seeds = f"{min(counts)} of {table.seeds}" if counts and reached else ""
+    compared = [set(r["seeds"]) for r in rows if r["method"] in wanted and _at(r, goal.memory)]
+    seeds = f"{len(set.intersection(*compared))} of {table.seeds}" if compared and reached else ""
     cells = (title, str(goal.memory or ""), goal.method, goal_text(goal), goal.why, reached, seeds)
     return _row_of((*cells, met))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import sklearn.datasets  # noqa: F401  # sets variables of the environment as it
 from benchmarks import tables
 from benchmarks.tables import goals, newest, readmes, section
 
+from lifelong.bench import record
 from lifelong.bench.execute import execute
 from lifelong.bench.goals import Verdict, goal_text, judge, verdict_text
 from lifelong.bench.table import Cell, Context, Goal, GoalKind, Method, Published, Table
@@ -108,6 +110,19 @@ def test_goals_from_the_record(results: Path) -> None:
     )
     assert below.endswith("| 6.00 points below | 2 of 5 | **missed** |")
     assert later.endswith("|  |  |  |")
+
+
+def test_a_goal_counts_the_seeds_that_its_rows_share(results: Path) -> None:
+    """Those over which it is judged: of seeds 0, 1 and 0, 2 that is one."""
+    of_joint = results / "2026-01-02_toy" / "cells" / "joint_0_seed-1.json"
+    content = json.loads(of_joint.read_text())
+    of_joint.unlink()
+    moved = of_joint.with_name("joint_0_seed-2.json")
+    moved.write_text(json.dumps({**content, "seed": 2}))
+    record.write_result(results / "2026-01-02_toy", TABLE)
+    gap, below = goals([TABLE], results).splitlines()[3:5]
+    assert gap.endswith("| 1 of 5 | met |")
+    assert below.endswith("| 1 of 5 | **missed** |")
 
 
 def test_the_newest_record_counts_and_smoke_does_not(results: Path) -> None:
