@@ -105,6 +105,18 @@ def test_the_same_method_twice_is_told_apart(folder: Path) -> None:
     assert [m.label for m in section.methods] == ["kprior (kprior)", "kprior (again)"]
 
 
+def test_joint_training_with_several_settings_is_a_reference_still(folder: Path) -> None:
+    """It sees all of the past, so it is no method that leads the others."""
+    for name in ("a", "b"):
+        shutil.copytree(folder / "kprior", folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        config["flags"]["prior"] = "joint"
+        (folder / name / "config.json").write_text(json.dumps(config))
+    section = of_runs([folder / name for name in ("a", "b", "finetune")]).sections[0]
+    assert [m.is_reference for m in section.methods] == [True, True, False]
+    assert section.leader is section.methods[2]
+
+
 def test_as_much_of_the_path_as_tells_runs_apart(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

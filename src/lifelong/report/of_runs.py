@@ -49,8 +49,7 @@ def of_runs(folders: Sequence[Path], command: str = "") -> Report:
         name = content["prior"]
         if names.count(name) > 1:  # the same method with other settings
             name = f"{name} ({place})"
-        methods.append(MethodResult(content["prior"] if name == content["prior"] else name, name,
-                                    tuple(content["runs"])))  # fmt: skip
+        methods.append(MethodResult(name, name, tuple(content["runs"]), preset=content["prior"]))
     scenario = {"task": "the task is told", "class": "all classes compete", "domain": "one head"}
     section = Section(
         first["benchmark"],

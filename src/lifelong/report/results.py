@@ -101,12 +101,14 @@ def _measured(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """The runs of one method; ``name`` is the preset's, ``label`` is for people."""
+    """The runs of one method; ``name`` is the preset's, ``label`` is for people. preset: where the
+    name is another, of one method with several settings."""
 
     name: str
     label: str
     runs: tuple[RunSummary, ...]
     note: str = ""
+    preset: str = ""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -114,7 +116,7 @@ class MethodResult:
 
     @property
     def is_reference(self) -> bool:
-        return self.name in REFERENCES
+        return (self.preset or self.name) in REFERENCES
 
     @cached_property
     def final_accuracy(self) -> Estimate | None:
