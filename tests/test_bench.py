@@ -297,6 +297,15 @@ def test_a_cell_that_went_on_does_not_pass_for_one_that_took_less(tmp_path: Path
     assert "peak_memory" in row
 
 
+def test_a_cell_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+    one = replace(TOY, methods=TOY.methods[:1], run=half, seeds=2)
+    for data in ("here", "there"):  # the second does not find the first one's checkpoint
+        row = execute(one, tmp_path / "out", data=tmp_path / data, jobs=0)["rows"][0]
+        assert (row["seeds"], len(row["failed"])) == ([0], 1)
+    row = execute(one, tmp_path / "out", data=tmp_path / "here", jobs=0)["rows"][0]
+    assert row["seeds"] == [0, 1]
+
+
 def test_versions_and_machine_are_of_a_call_that_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

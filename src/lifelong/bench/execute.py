@@ -154,8 +154,9 @@ class Place:
             return None
 
     def context(self, cell: Cell, report: Callable[[float], None]) -> Context:
-        of = json.dumps([self.table.definition(cell.method), fingerprint()], sort_keys=True)
-        other = hashlib.sha256(of.encode()).hexdigest()[:8]  # settings and code start anew
+        of = [self.table.definition(cell.method), fingerprint(), str(self.data)]
+        begun = json.dumps(of, sort_keys=True)  # other settings, code or data start anew
+        other = hashlib.sha256(begun.encode()).hexdigest()[:8]
         folder = self.out / record.WORK / f"{record.stem(self.table, cell)}-{other}"
         folder.mkdir(parents=True, exist_ok=True)
         self.cache.mkdir(parents=True, exist_ok=True)
