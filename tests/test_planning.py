@@ -109,6 +109,18 @@ def test_the_bytes_of_one_memory_for_all_are_those_of_the_prior(
     assert planning.prior_bytes(fresh, network, work) == prior.num_bytes
 
 
+@pytest.mark.parametrize(("total", "held"), [(True, (10, 12, 12)), (False, (4, 8, 12))])
+def test_one_memory_for_all_is_full_before_the_last_task(
+    total: bool, held: tuple[int, ...]
+) -> None:
+    """Each update asks again for the soft labels of all that is remembered by then."""
+    work = Work(tasks=3, examples=30, memory=12, head=2)
+    network = counted("small", lambda: small((5, 6, 6)), (5,), 20)
+    prior = planning.preset("recommended", work, total=total)
+    asked = [planning.update_passes(prior, network, work, t + 1)["labels"] for t in range(3)]
+    assert asked == pytest.approx(held)
+
+
 def prior_has_factors(prior: Prior) -> bool:
     return prior.recipe.structure == "kronecker"
 

@@ -208,11 +208,15 @@ def item_bytes(network: Network, recipe: Recipe) -> float:
     return network.input_bytes + soft + BOOKKEEPING
 
 
-def items(recipe: Recipe, work: Work) -> float:
-    """Remembered examples after the last task: min(M, T N); all where the recipe keeps all."""
+def items(recipe: Recipe, work: Work, tasks: float | None = None) -> float:
+    """Remembered examples after task ``tasks``, t (by default the last): t parts of M, or min(M,
+    t N) where one memory is for all; all where the recipe keeps all."""
     if not recipe.keeps_memory:
         return 0.0
-    return work.examples if recipe.memory is None else min(work.memory, work.examples)
+    seen = work.examples if tasks is None else work.task_size * tasks
+    if recipe.memory is None or recipe.total:
+        return seen if recipe.memory is None else min(work.memory, seen)
+    return min(work.memory, work.examples) * seen / work.examples
 
 
 def factor_bytes(recipe: Recipe, network: Network) -> float:
@@ -364,9 +368,8 @@ def update_passes(
     """
     recipe = prior.recipe
     tasks = work.tasks if tasks is None else tasks
-    share = tasks / work.tasks
     n, m = work.task_size, work.task_memory if recipe.keeps_memory else 0.0
-    held = items(recipe, work) * share
+    held = items(recipe, work, tasks)
     if recipe.memory is None and recipe.keeps_memory:
         m = n
     scored = n if recipe.score != "random" or recipe.memory is None else m
