@@ -103,3 +103,18 @@ def test_logit_is_the_gaussian_kl(seed: int, num_classes: int) -> None:
 def test_temperature_is_positive_and_finite(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be positive and finite"):
         KL(temperature)
+
+
+@given(seed=seeds, temperature=st.floats(0.01, 10))
+def test_under_a_head_it_is_that_of_the_heads_outputs_alone(seed: int, temperature: float) -> None:
+    f_ref, f = outputs(seed, 5), outputs(seed + 1, 5)
+    head = torch.tensor([False, True, True, False, True])
+
+    def masked(g: Tensor) -> Tensor:
+        return KL(temperature)(Categorical(), *(Categorical().mask(x, head) for x in (f_ref, g)))
+
+    def alone(g: Tensor) -> Tensor:
+        return KL(temperature)(Categorical(), f_ref[:, head], g[:, head])
+
+    torch.testing.assert_close(masked(f), alone(f))
+    torch.testing.assert_close(gradient(masked, f), gradient(alone, f))

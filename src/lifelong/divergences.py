@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from .likelihoods import Likelihood
@@ -44,8 +45,12 @@ class KL:
     def __call__(self, likelihood: Likelihood, f_ref: Tensor, f: Tensor) -> Tensor:
         if self.temperature == 1:
             return likelihood.kl(f_ref, f)
-        d = likelihood.kl(f_ref / self.temperature, f / self.temperature)
+        d = likelihood.kl(self._warmed(f_ref), self._warmed(f))
         return d * self.temperature**2 if self.rescale else d
+
+    def _warmed(self, f: Tensor) -> Tensor:
+        # What a head masks is as low as numbers go: below T = ½ it would become -inf, and KL NaN.
+        return (f / self.temperature).clamp(min=torch.finfo(f.dtype).min / 2)
 
 
 @dataclass(frozen=True)
