@@ -174,3 +174,20 @@ def test_one_memory_for_all_tasks_stands_for_all_that_is_not_in_the_curvature(pr
     assert prior.memory is not None
     assert len(prior.memory) == 8
     assert float(prior.memory.soft_weight.sum()) == pytest.approx(3 * len(DATA), rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", [lifelong.recommended, lifelong.experience_replay])
+def test_several_yes_and_no_of_an_example_may_be_integers_in_one_memory_for_all_tasks(preset):
+    """They are no classes: what stays is that of the same labels as floating point numbers."""
+    labels = torch.arange(80).reshape(20, 4) % 3 // 2
+    kept = []
+    for y in (labels, labels.double()):
+        prior, generator = preset(lifelong.Bernoulli(), total=True, memory=8), torch.Generator()
+        for _ in range(3):
+            prior = prior.update(net(), Examples(X, y), generator=generator.manual_seed(0))
+        kept.append(prior.memory)
+    assert torch.equal(kept[0].origin, kept[1].origin)
+    for weight in ("soft_weight", "hard_weight"):
+        assert torch.equal(getattr(kept[0], weight), getattr(kept[1], weight))
+    total = kept[0].soft_weight.sum() + kept[0].hard_weight.sum()
+    assert float(total) == pytest.approx(60)

@@ -142,8 +142,7 @@ def _bounded(
     size = _size(both, recipe)
     if len(both) <= size:
         return both, old[:0]
-    one_label = both.labels.ndim == 1 and not both.labels.is_floating_point()
-    balanced = recipe.per_class and one_label
+    balanced = recipe.per_class and _are_classes(both.labels)
     if recipe.score == "random" and not balanced:
         # A reservoir: how many of the survivors are new follows the hypergeometric law.
         order = torch.randperm(seen + new, generator=generator)
@@ -177,7 +176,7 @@ def _for_all(
     """
     before = torch.cat([_weights(old), _weights(items)])
     weights = _weights(held)
-    if recipe.by_class and not held.labels.is_floating_point():
+    if recipe.by_class and _are_classes(held.labels):
         classes, of_both = torch.cat([old.labels, items.labels]).unique(return_inverse=True)
         of_held = torch.searchsorted(classes, held.labels)
     else:
@@ -196,6 +195,11 @@ def _for_all(
 def _weights(memory: Memory) -> Tensor:
     """(M,) by either label."""
     return memory.soft_weight.double() + memory.hard_weight.double()
+
+
+def _are_classes(labels: Tensor) -> bool:
+    """Whether each example has one class, and not soft labels, or several yes and no."""
+    return labels.ndim == 1 and not labels.is_floating_point()
 
 
 def _size(memory: Memory, recipe: Recipe) -> int:
