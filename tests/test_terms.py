@@ -19,6 +19,8 @@ from lifelong import (
     Kronecker,
     Logit,
     MemoryTerm,
+    Prior,
+    Recipe,
     Regulariser,
     StaleAnchorError,
     WeightTerm,
@@ -62,6 +64,23 @@ def test_regulariser(with_mean):
     assert torch.allclose((2 * term)(model), 2 * term(model))
     assert Regulariser(0.0)(model) == 0
     assert term.num_bytes == (theta.numel() * 8 if with_mean else 0)
+
+
+@pytest.mark.parametrize("gradient", ["stationary", "anchored", "stored"])
+def test_a_regulariser_covers_the_parameters_that_its_mean_names(gradient):
+    """Its gradient is that of its value, so that R is flat where a preset pulls it to."""
+    model = mlp()
+    names = ["0.weight", "2.bias"]
+    mean = {n: torch.randn_like(p) for n, p in parameters(model).items() if n in names}
+    term = Regulariser(0.3, mean)
+    assert torch.allclose(flat(term.gradient(parameters(model))), slope(term, model))
+    prior = Prior(Categorical(), Recipe(gradient=gradient), (term,))
+    x, y = torch.randn(6, 3).double(), torch.arange(6) % 3
+    prior = prior.update(model, (x, y))
+    expected = torch.zeros_like(slope(term, model))
+    if gradient == "stored":  # data and R as they are
+        expected = slope(lambda m: F.cross_entropy(m(x), y, reduction="sum") + term(m), model)
+    assert torch.allclose(slope(prior, model), expected)
 
 
 def weight_term(structure: str, with_gradient: bool) -> tuple[WeightTerm, Tensor, Tensor, Tensor]:

@@ -72,7 +72,8 @@ class FunctionSpaceTerm(Term, Protocol):
 class Regulariser:
     r"""R(theta) = ½ precision ‖theta - mean‖², a Gaussian prior; ``mean`` None is 0.
 
-    In nats, up to the constant log-normaliser. Covers the trainable parameters of the model.
+    In nats, up to the constant log-normaliser. Covers the parameters that ``mean`` names; for None
+    the trainable ones of the model.
     Raises ValueError for a precision that is negative, NaN or infinite.
     """
 
@@ -106,7 +107,7 @@ class Regulariser:
         return replace(self, mean={n: whole(m) for n, m in self.mean.items()})
 
     def gradient(self, params: Mapping[str, Tensor]) -> Params:
-        """nabla R: precision (theta - mean)."""
+        """nabla R: precision (theta - mean), and 0 of what R does not cover."""
         return {n: self.precision * self._gap(n, p.detach()) for n, p in params.items()}
 
     def __mul__(self, factor: float) -> Regulariser:
@@ -119,7 +120,9 @@ class Regulariser:
         return nbytes(self.mean)
 
     def _gap(self, name: str, value: Tensor) -> Tensor:
-        return value if self.mean is None else value - self.mean[name]
+        if self.mean is None:
+            return value
+        return value - self.mean[name] if name in self.mean else torch.zeros_like(value)
 
 
 class Part(NamedTuple):
