@@ -276,6 +276,18 @@ def test_a_parameter_that_is_newly_trained_or_frozen():
     refused(prior, model, DATA, StaleAnchorError, r"frozen now: \['2.bias'\]; set their requires_g")
 
 
+@pytest.mark.parametrize("name", ["fromp", "derpp", "kprior"])
+def test_a_head_that_grew_without_the_prior(name):
+    """Also of priors that have no anchor by which they would know."""
+    model = mlp()
+    prior = after_one_task(READING[name], model)
+    lifelong.widen(model, "2", 6)
+    with nothing_changes(model, prior), pytest.raises(StaleAnchorError, match="prior.grow"):
+        prior(model)
+    refused(prior, model, Examples(X, Y + 2), StaleAnchorError, r"call prior.grow\(model\)")
+    prior.grow(model, new_classes="mask").update(model, Examples(X, Y + 2))
+
+
 @pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.BatchNorm1d(5)])
 def test_curvature_of_a_model_in_training_mode(module):
     model = mlp(module).train()

@@ -311,12 +311,7 @@ class Prior:
     ) -> Tensor:
         f = _at_least_float32(f)
         for term, _ in drawn:
-            known = term.memory.reference.shape[1]
-            if f.shape[1] != known:
-                raise StaleAnchorError(
-                    f"the model has {f.shape[1]} outputs, and the memory holds beliefs about "
-                    f"{known}; for a head that grew call prior.grow(model)"
-                )
+            _require_outputs(f.shape[1], term.memory)
         parts = f.split([rows(sample.inputs) for _, sample in drawn])
         with _full_precision(f.device):
             values: list[Tensor] = [
@@ -572,6 +567,8 @@ class Prior:
         if new == 0:
             raise ValueError("the data hold no examples; pass a task with at least one")
         over = Pass(model, data, self.likelihood, head, generator, batch_size)
+        if items is not None and old is not None:
+            _require_outputs(items.reference.shape[1], old)
         if items is not None:  # of this task, whatever they were made as
             items = replace(items, task=torch.full_like(items.task, self.num_tasks))
         if recipe.compact is not None:
@@ -1340,6 +1337,15 @@ def _undrawn(generator: torch.Generator | None) -> Iterator[None]:
     except BaseException:
         torch.set_rng_state(state) if generator is None else generator.set_state(state)
         raise
+
+
+def _require_outputs(count: int, memory: Memory) -> None:
+    known = memory.reference.shape[1]
+    if count != known:
+        raise StaleAnchorError(
+            f"the model has {count} outputs, and the memory holds beliefs about {known}; for a "
+            "head that grew call prior.grow(model)"
+        )
 
 
 def _beliefs(f: Tensor, stored: Tensor) -> Tensor:
