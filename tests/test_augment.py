@@ -289,6 +289,23 @@ def test_a_class_that_did_not_exist_stays_impossible_when_the_anchor_is_asked():
     assert bool((reference[:, 4] == -1e4).all())
 
 
+@pytest.mark.parametrize("head", [None, (0, 1, 2)])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_who_asks_cuts_the_answer_as_the_stored_ones_are_cut(batch_size: Any, head: Any):
+    """What is cut off is in g: inputs that stay as they are give the prior without augmentation."""
+    model, data = network(), task().train
+    data = Examples(data.inputs, data.labels % 3, head=head)
+    prior = lifelong.recommended(Categorical(), memory=6, top_outputs=2).update(model, data)
+    values = [
+        prior.loss(
+            network(1), data.inputs, data.labels, num_data=24, head=head, augment=augment,
+            batch_size=batch_size, generator=torch.Generator().manual_seed(0),
+        )
+        for augment in (None, lambda x: x)
+    ]  # fmt: skip
+    assert torch.allclose(*values, rtol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [{"refresh": False}, {"kernel": "gp"}, {"compact": "em"}])
 def test_beliefs_of_one_input_each_cannot_be_asked_for_others(wrong: Any):
     with pytest.raises(ValueError, match="ask asks the newest weights"):

@@ -54,7 +54,7 @@ from .divergences import Logit
 from .errors import ClippedWarning, StaleAnchorError
 from .groups import Groups
 from .likelihoods import Likelihood, require_likelihood
-from .memory import Memory, memorise
+from .memory import Memory, Sample, is_top, memorise
 from .models import (
     Inputs,
     Params,
@@ -297,7 +297,7 @@ class Prior:
         theta = anchors[0].anchor
         with evaluating(model), torch.no_grad():
             return [
-                _beliefs(forward_at(model, theta, x), sample.reference)
+                _beliefs(forward_at(model, theta, x), sample, term.memory)
                 if isinstance(term, MemoryTerm) and term.has_soft
                 else None
                 for (term, sample), x in zip(drawn, inputs, strict=True)
@@ -1348,9 +1348,15 @@ def _require_outputs(count: int, memory: Memory) -> None:
         )
 
 
-def _beliefs(f: Tensor, stored: Tensor) -> Tensor:
-    """The anchor's outputs, but where the stored ones say that a class did not exist."""
-    return torch.where(stored <= ABSENT, stored.to(f.dtype), f)
+def _beliefs(f: Tensor, sample: Memory | Sample, memory: Memory) -> Tensor:
+    """The anchor's outputs, but where the stored ones say that a class did not exist; cut as those
+    are, since g makes up for what is cut off."""
+    stored: Tensor = read(sample.reference)
+    f, masks = torch.where(stored <= ABSENT, stored.to(f.dtype), f), memory.head_masks
+    top = memory.reference
+    if not is_top(top):
+        return f
+    return top.like(f, None if masks is None else masks[sample.head])[slice(None)]
 
 
 def _mode_matters(model: nn.Module) -> bool:

@@ -104,8 +104,9 @@ class Recipe:
         divergence: of soft labels. refresh: ask the model again after each task.
         ask: in training with augmentation, the soft label of a changed input is what the weights
             theta* say of that very input, one more forward pass without gradient; so the term is
-            0 and flat at theta* there too. False: it is that of the unchanged input. Buffers
-            (running statistics) are the model's own of that moment.
+            0 and flat at theta* there too; with ``top_outputs`` it is cut as the stored one is.
+            False: it is that of the unchanged input. Buffers (running statistics) are the model's
+            own of that moment.
         top_outputs: of each item's soft label the so many largest outputs, and one number for the
             others (``lifelong.top_outputs``); None keeps all. For many classes; what is cut off is
             made up for in g, so that the gradient at theta* stays right. KL alone.
