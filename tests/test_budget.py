@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,6 +48,9 @@ def test_plain_values_are_read_again(budget):
     [
         ("200", 200),
         ("1_000", 1000),
+        ("12,345,678", 12_345_678),
+        ("1,000.5kB", Bytes(1_000_500)),
+        (np.int64(7), 7),
         ("20MB", Bytes(20_000_000)),
         ("20 MiB", Bytes(20 * 2**20)),
         ("1.5kB", Bytes(1500)),
@@ -66,6 +70,8 @@ def test_texts(text, budget):
         ("few", ValueError, "'few' is no budget: expected a number of examples"),
         ("20 XB", ValueError, "is no budget"),
         ("1.5", ValueError, "is no budget"),
+        ("1,5MB", ValueError, "is no budget"),
+        ("fidelity:0,95", ValueError, "names no fidelity"),
         ("fidelity:high", ValueError, "names no fidelity"),
         ("fidelity:1.5", ValueError, r"a fidelity to reach lies in \(0, 1\], got 1.5"),
         ("0B", ValueError, "at least 1, got 0"),

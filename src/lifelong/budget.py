@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 _UNITS = {
@@ -87,16 +88,17 @@ def parse(given: Any) -> Budget | None:
         return given
     if isinstance(given, str):
         return _read(given)
-    if isinstance(given, bool) or not isinstance(given, int):
+    if isinstance(given, bool) or not isinstance(given, Integral):  # numpy's integers are
         raise TypeError(f"a budget of {given!r} makes no memory: {_EXPECTED}")
     if given < 0:
         raise ValueError(f"memory must not be negative, got {given}")
-    return given
+    return int(given)
 
 
 def _read(text: str) -> Budget:
-    word = text.strip().replace("_", "").replace(",", "")
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", word)
+    word = text.strip().replace("_", "")
+    # Commas part thousands; "1,5MB" may mean one and a half, and is refused.
+    number = re.fullmatch(r"((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\s*([a-zA-Z]*)", word)
     if word.lower().startswith("fidelity:"):
         try:
             target = float(word[len("fidelity:") :])
@@ -104,7 +106,7 @@ def _read(text: str) -> Budget:
             raise ValueError(f"{text!r} names no fidelity: {_EXPECTED}") from None
         return Fidelity(target)
     if number is not None:
-        amount, unit = number.groups()
+        amount, unit = number[1].replace(",", ""), number[2]
         if not unit and amount.isdigit():
             return int(amount)
         if unit.upper() in _UNITS:
