@@ -237,6 +237,13 @@ def test_a_batch_that_cannot_be_learned(labels, head, error, message):
         prior.loss(model, X, labels, num_data=12, head=head)
 
 
+def test_a_batch_without_examples_has_no_mean():
+    model = mlp()
+    prior = after_one_task(READING["kprior"], model)
+    with nothing_changes(model, prior), pytest.raises(ValueError, match="batch holds no examples"):
+        prior.loss(model, X[:0], Y[:0], num_data=12)
+
+
 # ------------------------------------------------------------------ another model
 
 

@@ -237,10 +237,24 @@ def test_the_fused_loss_is_the_mean_nll_plus_the_prior(name, batch_size, trainin
     assert all(torch.allclose(fused[2][k], separate[2][k]) for k in fused[2])  # running statistics
 
 
+class Noise(nn.Module):
+    """Stochastic depth and the like: no module of torch's, no number named after dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.1, self.training)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 @pytest.mark.parametrize(
     ("module", "passes"),
     [
         (nn.Tanh(), 1),
+        (Doubled(), 1),
+        (Noise(), 2),
         (nn.Dropout(0.0), 1),
         (nn.LayerNorm(32), 1),
         (nn.Dropout(0.1), 2),

@@ -18,6 +18,7 @@ Sources: Khan & Swaroop 2021; Daxberger et al. 2023; Kirkpatrick et al. 2017; Pa
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,7 +197,8 @@ class Prior:
 
         The same as ``nll.mean() + prior(model, ...) / num_data``, with new data and memory in one
         batch. A model with modules that act differently in training (dropout, batch
-        normalisation) takes two passes, so that the memory is still read in eval mode.
+        normalisation, a forward that reads ``self.training``) takes two passes, so that the memory
+        is still read in eval mode.
 
         augment: changes both kinds of inputs for this step. A remembered input then answers for
         the soft label of the unchanged one, as in Daxberger et al. 2023; or, by ``Recipe.ask``, for
@@ -205,16 +207,19 @@ class Prior:
         What kernels couple is never changed: their means are of one input each.
         ranks: inputs and labels are this rank's; the prior is as in a call with ``ranks``.
         Raises ValueError or TypeError for labels outside of the head, beyond the outputs or of
-        another type, and for a num_data that is not positive; StaleAnchorError as calling the
-        prior does.
+        another type, for a batch without examples and a num_data that is not positive;
+        StaleAnchorError as calling the prior does.
         """
         if not num_data > 0:
             raise ValueError(
                 f"num_data must be the number of examples of the task at hand, got {num_data}"
             )
+        n = rows(inputs)
+        if n == 0:  # whose mean is NaN, and then all weights are
+            raise ValueError("the batch holds no examples; pass at least one, or call prior(model)")
         wrapper, model = model, unwrapped(model)  # new data go through it: it adds up gradients
         past = self.weight_space(model)  # first: FSDP2's root keeps whole weights after a forward
-        drawn, n = self._draw(batch_size, generator, ranks), rows(inputs)
+        drawn = self._draw(batch_size, generator, ranks)
         remembered = [read(sample.inputs) for _, sample in drawn]
         if augment is not None:
             inputs = augment(inputs)
@@ -1368,10 +1373,21 @@ def _acts_in_training(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     # Attention and recurrent layers keep their dropout as a number.
-    return isinstance(module, _MODAL) or any(
-        "drop" in name and isinstance(value, float) and value > 0
-        for name, value in vars(module).items()
+    return (
+        isinstance(module, _MODAL)
+        or _asks_its_mode(type(module))
+        or any(
+            "drop" in name and isinstance(value, float) and value > 0
+            for name, value in vars(module).items()
+        )
     )
+
+
+def _asks_its_mode(kind: type[nn.Module]) -> bool:
+    """Whether its forward, if not torch's own, reads ``self.training``: stochastic depth does."""
+    forward = inspect.unwrap(kind.forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "training" in names and not forward.__module__.startswith("torch.nn.")
 
 
 _MODAL = (nn.modules.batchnorm._NormBase, nn.RReLU)  # instance normalisation is a _NormBase too
