@@ -50,6 +50,31 @@ def test_omega_is_the_path_integral_of_the_slope_of_the_data_alone(make, prior):
     assert torch.allclose(path.curvature(0.5).values["weight"], expected.clamp(min=0))
 
 
+@pytest.mark.parametrize("prior", [None, Regulariser(5.0)])
+def test_under_a_grad_scaler_it_is_that_of_the_loss_itself(prior):
+    def omega(scaler: torch.amp.GradScaler) -> Tensor:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with PathIntegral(model, optimizer, prior, 10, scaler=scaler) as path:
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(X), Y)
+                loss = loss if prior is None else loss + prior(model) / 10
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                scaler.step(optimizer)
+                scaler.update()  # the scale doubles after each second step
+        return path.omega["weight"]
+
+    scaled, plain = (
+        omega(torch.amp.GradScaler("cpu", enabled=on, init_scale=2.0**20, growth_interval=2))
+        for on in (True, False)
+    )
+    assert torch.allclose(scaled, plain, atol=1e-12)
+    assert bool(plain.any())
+
+
 def test_small_steps_add_up_to_the_fall_of_the_loss():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

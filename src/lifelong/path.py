@@ -24,6 +24,8 @@ class PathIntegral:
     the data's and is taken out of it, since omega is of the data alone; num_data: what the prior
     was divided by in the loss. omega is kept in nats: the loss is a mean over num_data.
     The gradient is taken as backward leaves it, before any clipping: the path is that of the loss.
+    scaler: the ``GradScaler`` whose scaled loss backward was called on, so that its scale is taken
+    out again; without it omega is as many times too large.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class PathIntegral:
         optimizer: torch.optim.Optimizer,
         prior: Callable[[nn.Module], Tensor] | None = None,
         num_data: int = 1,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._prior, self._num_data = prior, num_data
         self._start = snapshot(parameters(model))
         self._before = self._start
@@ -59,7 +63,7 @@ class PathIntegral:
 
     def keep(self) -> None:
         """Take ``p.grad`` as it is now for what backward left: where it was added up over
-        processes afterwards."""
+        processes afterwards, and not yet unscaled or clipped."""
         for n, p in parameters(self._model).items():
             self._keeper(n)(p)
 
@@ -92,9 +96,12 @@ class PathIntegral:
     def _before_step(self, *_: Any) -> None:
         params = parameters(self._model)
         self._before = snapshot(params)
+        scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         # No gradient: an unused head, or zeroed without a backward pass since.
         self._slope = {
-            n: torch.zeros_like(p) if p.grad is None or n not in self._slope else self._slope[n]
+            n: torch.zeros_like(p)
+            if p.grad is None or n not in self._slope
+            else self._slope[n] / scale
             for n, p in params.items()
         }
         if self._prior is None:
