@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lifelong import (
     Regulariser,
     StaleAnchorError,
     WeightTerm,
+    recall,
 )
 from lifelong.data import Batch
 from lifelong.memory import Memory, remember
@@ -303,3 +305,17 @@ def test_a_curvature_of_all_parameters_is_half_its_quadratic_form(products):
 
     assert torch.autograd.gradcheck(of, d)
     assert torch.autograd.gradgradcheck(of, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_slope_of_a_memory_of_a_model_in_half_precision_is_summed_in_float32(dtype):
+    """Item by item it is the sum of the gradients that backward gives, each rounded once."""
+    model = mlp().to(dtype)
+    memory = memory_of(mlp(1), n=40).to(dtype=torch.float32).weighted(0.0, 1.0)
+    memory = replace(memory, inputs=memory.inputs.to(dtype))
+    found = recall.slope(MemoryTerm(memory), model, Categorical(), batch_size=1)
+    each = [
+        slope(lambda m, i=i: F.cross_entropy(m(memory.inputs[i]).float(), memory.labels[i]), model)
+        for i in torch.arange(40).split(1)
+    ]
+    assert torch.equal(flat(found), torch.stack(each).float().cumsum(0)[-1])

@@ -21,6 +21,7 @@ from .budget import Bytes
 from .curvature import BlockDiagonal, Curvature, estimate
 from .curvature.block_diagonal import merged
 from .data import BATCH_SIZE, Data, Head, Shard, every_id
+from .hooks import accumulator, upcast
 from .jacobians import gradient as data_gradient
 from .likelihoods import Likelihood
 from .memory import Memory
@@ -480,15 +481,16 @@ def _memory_slope(term: MemoryTerm, over: Pass) -> Params:
 def slope(
     term: MemoryTerm, model: nn.Module, likelihood: Likelihood, batch_size: int = BATCH_SIZE
 ) -> Params:
-    """The gradient of a memory term, a batch at a time; ``.grad`` is left alone."""
+    """The gradient of a memory term, a batch at a time, in float32 at least; ``.grad`` is left
+    alone."""
     params = parameters(model)
-    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    total = {n: torch.zeros_like(p, dtype=accumulator(p.dtype)) for n, p in params.items()}
     for start in range(0, len(term.memory), batch_size):
         part = replace(term, memory=term.memory[slice(start, start + batch_size)])
         if not (part.has_soft or part.has_hard):
             continue
         with torch.enable_grad():
-            f = forward(model, part.memory.inputs)
+            f = upcast(forward(model, part.memory.inputs))
             value = part.value(f, part.memory, likelihood)
         grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
         for n, grad in zip(params, grads, strict=True):

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from .curvature import Curvature
 from .data import BATCH_SIZE, Data, Head, summed
+from .hooks import upcast
 from .jacobians import checked, differentiating, gradient, weighted_batches
 from .likelihoods import Likelihood
 from .models import Params, at, evaluating, forward, forward_at, parameters, snapshot
@@ -141,7 +142,7 @@ def rehearse(
             drawn = memory.draw(size if size < len(items) else None, generator)
 
             def slope(other: nn.Module, drawn: Any = drawn) -> None:
-                f = forward(other, drawn.inputs)
+                f = upcast(forward(other, drawn.inputs))
                 (memory.value(f, drawn, likelihood) / stands_for).backward()
 
             adam.zero_grad()
@@ -172,7 +173,7 @@ def _nats(
     with torch.no_grad():
         for batch in weighted_batches(model, data, head, weights, exclude, batch_size):
             w = batch.weights.double()
-            f = forward_at(model, params, batch.inputs)
+            f = upcast(forward_at(model, params, batch.inputs))
             if not bool(torch.isfinite(f).all()):
                 total, size = math.inf, math.inf
                 break  # and not return: other ranks wait for this one's sum
