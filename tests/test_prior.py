@@ -88,6 +88,16 @@ def test_sums_of_fromp_keep_the_curvature_of_both():
         assert torch.allclose(v, 2 * one.curvature.diagonal()[n])
 
 
+def test_a_discount_of_fromp_stays_in_the_curvature_that_kernels_are_made_of():
+    one, model = learned("fromp")
+    plain, less = one.update(model, DATA).curvature, one.discount(0.5).update(model, DATA).curvature
+    assert one.curvature is not None
+    assert plain is not None
+    assert less is not None
+    for n, v in one.curvature.diagonal().items():
+        assert torch.allclose(less.diagonal()[n], plain.diagonal()[n] - 0.5 * v)
+
+
 def test_what_is_no_prior_cannot_be_added():
     with pytest.raises(TypeError, match="unsupported operand"):
         Prior(Categorical()) + 1  # type: ignore[operator]

@@ -715,7 +715,8 @@ class Prior:
     def discount(self, factor: float) -> Prior:
         """Every term of data times ``factor``: an older past is believed less. R stays.
 
-        FROMP's kernels are made afresh by each update, so theirs lasts until the next one.
+        FROMP's kernels are made afresh by each update, so theirs lasts until the next one; the
+        curvature that they are made of keeps it.
         Raises ValueError for a factor outside [0, 1].
         """
         if not 0 <= factor <= 1:
