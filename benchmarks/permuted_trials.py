@@ -81,10 +81,6 @@ TRIALS = (
         training={"epochs": 10, "lr": 1e-3},
     ),
     Trial("kronecker, strength 4, 20 epochs", settings=STRONG, training={"epochs": 20}),
-    *(
-        Trial(f"margin {n}, 10 epochs", "recommended", {"margin": n}, training={"epochs": 10})
-        for n in (1.0, 3.0, 4.0, 6.0)
-    ),
 )
 
 

@@ -180,7 +180,7 @@ def dtypes(rank: int, size: int, out: Path) -> Any:
 LIKELIHOODS = [Categorical(), Bernoulli(), Gaussian()]
 
 
-def tested(likelihood: Any, data: Examples, part: Callable[[Examples], Any]) -> dict[str, Any]:
+def evaluated(likelihood: Any, data: Examples, part: Callable[[Examples], Any]) -> dict[str, Any]:
     if not isinstance(likelihood, Categorical):
         data = replace(data, labels=nn.functional.one_hot(data.labels, CLASSES).double())
     return asdict(lifelong.evaluate(network(), part(data), likelihood, batch_size=7))
@@ -188,7 +188,7 @@ def tested(likelihood: Any, data: Examples, part: Callable[[Examples], Any]) -> 
 
 def evaluations(rank: int, size: int, out: Path) -> Any:
     return [
-        tested(likelihood, task(0), lambda data, s=sizes: shard(parts_of(data, s, rank)))
+        evaluated(likelihood, task(0), lambda data, s=sizes: shard(parts_of(data, s, rank)))
         for likelihood in LIKELIHOODS
         for sizes in SPLITS[size]
     ]
@@ -427,7 +427,9 @@ def test_mistakes_are_told_on_every_rank(on_ranks: Any) -> None:
 
 def test_an_evaluation_of_shards_is_of_all_examples(on_ranks: Any) -> None:
     """Also where a rank has none."""
-    expected = [tested(one, task(0), lambda data: data) for one in LIKELIHOODS for _ in SPLITS[2]]
+    expected = [
+        evaluated(one, task(0), lambda data: data) for one in LIKELIHOODS for _ in SPLITS[2]
+    ]
     for by_rank in on_ranks(2)[1]:
         for found, whole in zip(by_rank["evaluations"], expected, strict=True):
             assert found == pytest.approx(whole, rel=1e-12, nan_ok=True)
