@@ -346,8 +346,9 @@ SHARDED = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-sys.path[:0] = [{tests!r}, {source!r}]
+sys.path[:0] = [{tests!r}, {above!r}, {source!r}]
 torch.set_num_threads(1)
+import conftest  # as pytest would
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -386,8 +387,8 @@ torch.save([weights, prior(network(2)).detach()], {folder!r} + f"/rank{{fabric.g
 def test_weights_that_fabric_shards_are_those_of_one_process(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     source = str(Path(lifelong.__file__).parent.parent)
-    paths = {"tests": str(ROOT / "tests"), "source": source, "folder": str(tmp_path)}
-    script.write_text(SHARDED.format(**paths))
+    paths = {"tests": str(ROOT / "tests/integrations"), "above": str(ROOT / "tests")}
+    script.write_text(SHARDED.format(**paths, source=source, folder=str(tmp_path)))
     subprocess.run(
         [sys.executable, str(script)],
         check=True,
