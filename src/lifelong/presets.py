@@ -358,7 +358,7 @@ def recommended(
     less, costs less where bfloat16 is no faster (``Prior.rounded``), and lets each example be
     forgotten exactly, where Kronecker factors of all less those of some may turn indefinite
     (``Prior.forget``: on_indefinite="clip"). margin: multiplies c; 3 or 4 keeps permuted digits
-    better, by half a point, and does nothing to classes that keep coming. total: one memory for all
+    better, by half a point. total: one memory for all
     tasks, which the first ones fill alone; tasks then count by their sizes. top_outputs: of many
     classes the so many largest outputs of each soft label (``Recipe``).
     """
