@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ from lifelong import (
     Prior,
     Task,
 )
+from lifelong.bench.lock import held
 from lifelong.data import shard
 from lifelong.distributed import Ranks
 from lifelong.learner import CHECKPOINT, adam
@@ -308,13 +310,20 @@ JOBS: dict[int, dict[str, Callable[[int, int, Path], Any]]] = {
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, list[Any]]]:
-    """All jobs of a number of ranks, done once, since a process takes seconds to start: the folder
-    that they wrote to, and what each rank has found."""
+    """All jobs of a number of ranks, done once, also for several test processes, since a process
+    takes seconds to start: the folder that they wrote to, and what each rank has found."""
+    mine = tmp_path_factory.getbasetemp()
+    shared = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
 
     @cache
     def run(size: int) -> tuple[Path, list[Any]]:
-        out = tmp_path_factory.mktemp("ranks")
-        mp.spawn(on_rank, (size, str(out)), nprocs=size)  # type: ignore[attr-defined]
+        place = shared / f"ranks-{size}"  # where the folder's name is
+        with held(shared / f"ranks-{size}.lock"):
+            if not place.is_file():
+                folder = tmp_path_factory.mktemp("ranks")
+                mp.spawn(on_rank, (size, str(folder)), nprocs=size)  # type: ignore[attr-defined]
+                place.write_text(str(folder))
+        out = Path(place.read_text())
         return out, [pickle.loads((out / f"{rank}.pkl").read_bytes()) for rank in range(size)]
 
     return run
