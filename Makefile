@@ -32,8 +32,9 @@ help: ## list the goals
 demo: $(VENV)/.demo ## learn five tasks of handwritten digits in a row; writes runs/demo/report.html
 	@$(BIN)/lifelong demo $(DEMO)
 
-# worksteal: a process that has finished its share takes over some of the other's.
-test: lint docs ## linters, type checker, the site and all tests
+# worksteal: a process that has finished its share takes over some of the other's. The site first:
+# what it needs holds what the tests need, and one installation is quicker than two.
+test: docs lint ## linters, type checker, the site and all tests
 	@echo "== tests"
 	@$(ONE_THREAD) $(BIN)/python -m pytest --quiet --numprocesses=2 --dist=worksteal \
 		--ignore=tests/integrations --ignore=tests/app_browser $(PYTEST)
@@ -91,10 +92,10 @@ $(VENV)/.ui: $(VENV)/.dev
 	@$(PIP) --editable '.[dev,test-ui]' --constraint $(PINS)
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.dev
-	@echo "== installing what builds the site, about 70 MB"
+$(VENV)/.docs: $(PINS)
+	@echo "== installing lifelong and what its tests and its site need, about a minute"
 	@$(PIP) --editable '.[dev,docs]' --constraint $(PINS)
-	@touch $@
+	@touch $(VENV)/.dev $@
 
 # constraints.txt, with the version of torch that is there in place of the pinned one.
 $(PINS): pyproject.toml constraints.txt
