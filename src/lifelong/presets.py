@@ -274,13 +274,14 @@ def gradient_reconstruction(
         strength ½ <d, G d> + w sum_M1 KL(p* ‖ p) + w sum_M2 l(y, f),   G of the examples not kept.
 
     strength: "auto" finds it for each task from its data (``lifelong.strength``); it is 1 where 1
-    is exact; ``Prior.strengths`` tells. margin: multiplies what was found. weight, function: leave
-    out a part. replay: this fraction of the memory is kept by its true label (M2), the rest by soft
-    labels (M1). blend: every item mixes, (1 - blend) soft and blend true. gradient: "stored" also
-    keeps g, which is exact at anchors that are no minimum and costs one more pass. population: an
-    item stands for w = N / M examples of its task; False counts every past example's curvature
-    exactly once (w = 1). The two agree where all is kept. With a small memory and a diagonal G,
-    w = 1 leaves nearly everything to G, which a diagonal carries badly, and it forgets more.
+    is exact; ``Prior.strengths`` tells. margin: multiplies what was found; ValueError where the
+    strength was given. weight, function: leave out a part. replay: this fraction of the memory is
+    kept by its true label (M2), the rest by soft labels (M1). blend: every item mixes, (1 - blend)
+    soft and blend true. gradient: "stored" also keeps g, which is exact at anchors that are no
+    minimum and costs one more pass. population: an item stands for w = N / M examples of its task;
+    False counts every past example's curvature exactly once (w = 1). The two agree where all is
+    kept. With a small memory and a diagonal G, w = 1 leaves nearly everything to G, which a
+    diagonal carries badly, and it forgets more.
     equal_tasks: each task counts as much as the one at hand, whatever its size (see ``Recipe``).
     total: the memory is one for all tasks, drawn as in ``experience_replay``, not each task's.
     ask: soft labels of augmented items are those of the old weights at the augmented input.
